@@ -1,0 +1,95 @@
+// All that the bindings see of the kernels: parameter structs and one table of functions per instruction set (ISA).
+// No torch, no Python, no std types: plain pointers, sizes and strides.
+#pragma once
+
+#include <cstdint>
+
+namespace fastseq {
+
+enum Dtype : int { kFloat32, kFloat64, kBFloat16, kDtypes };
+enum CellKind : int { kRnnTanh, kRnnRelu, kLstm, kGru, kCells };
+enum Status : int { kOk, kOutOfMemory };
+
+// Rows of a sequence tensor; the last axis is contiguous, strides count elements.
+// Padded (T, B, N): row (t, b) is data + t * step_stride + b * row_stride, for any two strides.
+// Packed (sum of batch_sizes, N): row r is data + r * row_stride, step_stride is unused.
+struct Sequence {
+  void* data;  // null: absent (an optional input is zero, an optional output is not wanted)
+  int64_t step_stride;
+  int64_t row_stride;
+};
+
+// A state (B, H); the last axis is contiguous. Null: absent, as above.
+struct State {
+  void* data;
+  int64_t row_stride;
+};
+
+// One layer in one direction. G is the number of gates: 1, 4 or 3, in torch's order (i f g o; r z n).
+// Storage is float32, float64 or bfloat16; bfloat16 computes in float32.
+// No output may overlap an input, except `d` buffers as noted.
+struct RecurrentParams {
+  int64_t steps, batch, input_size, hidden_size;  // T B I H, each >= 1
+
+  // Variable length. Rows are numbered by falling length: row b is active at the steps t with b < batch_sizes[t].
+  const int64_t* batch_sizes;  // (T) not increasing, batch_sizes[0] <= B, batch_sizes[T-1] >= 1; null: all rows always
+  const int64_t* order;        // (B) the batch index of row b in every padded tensor and state; null: b
+  bool packed;                 // the sequences are packed (needs batch_sizes): row r = sum(batch_sizes[:t]) + b
+  bool reverse;                // from the last step to the first
+
+  // Segment cuts: true at (t, b) zeroes the state between the steps t - 1 and t. Null: none. Strides count bytes.
+  const uint8_t* reset;  // (T, B), indexed by t and by batch index; also cuts the initial state at t = 0
+  int64_t reset_step_stride, reset_row_stride;
+
+  int threads;       // at most this many
+  bool float_state;  // bfloat16 only: h_0, c_0, h_n, c_n, dh_n, dc_n, dh_0, dc_0 are float32
+
+  // Weights as torch lays them out, contiguous: w_ih (G*H, I), w_hh (G*H, H), b_ih and b_hh (G*H) or both null.
+  const void *w_ih, *w_hh, *b_ih, *b_hh;
+  const void* panels;  // what `pack` wrote; null: forward reads the weights in place (meant for few rows)
+
+  Sequence x;       // (T, B, I)
+  State h_0, c_0;   // (B, H); c_0 for LSTM only
+  Sequence y;       // (T, B, H); an output of forward, an input of backward. Inactive rows are not written
+  State h_n, c_n;   // (B, H); may be null. A row of length 0 gets its h_0 and c_0
+  Sequence c_all;   // (T, B, H) every cell state, LSTM only; may be null
+  void* saved;      // `saved_bytes`, 64-byte aligned; written by forward for backward, null: inference.
+                    // backward destroys it (it turns the saved gates into their gradients in place)
+
+  // backward only
+  Sequence dy, dc_all;  // null: zero
+  State dh_n, dc_n;     // null: zero
+  Sequence dx;          // (T, B, I), null: not wanted. Inactive rows are not written
+  bool accumulate_dx;   // add to dx instead of writing it (the second direction of a layer)
+  State dh_0, dc_0;     // null: not wanted
+  void *dw_ih, *dw_hh;  // (G*H, I), (G*H, H) contiguous, null: not wanted
+  void *db_ih, *db_hh;  // (G*H), null: not wanted
+};
+
+struct RecurrentKernels {
+  int64_t (*panels_bytes)(const RecurrentParams&);        // reads I, H
+  int64_t (*saved_bytes)(const RecurrentParams&);         // reads T, B, H, batch_sizes
+  void (*pack)(const RecurrentParams&, void* panels);     // reads I, H, threads, weights; panels 64-byte aligned
+  Status (*forward)(const RecurrentParams&);
+  Status (*backward)(const RecurrentParams&);
+};
+
+struct Kernels {
+  const char* isa;    // "baseline", "avx2", "avx512", "avx512_bf16"
+  int vector_bytes;
+  RecurrentKernels recurrent[kCells][kDtypes];
+  double (*fma_peak)(int dtype, double seconds);  // measured flops per second of one core at full FMA rate
+};
+
+// The table of an ISA, or null when this machine (or this build) lacks it.
+const Kernels* find_kernels(const char* isa);
+// The best table of this machine. FASTSEQ_ISA, read once, can ask for a lower one.
+const Kernels* default_kernels();
+
+// Two 64-bit words that depend on every byte of a buffer and on its place. Finds a changed weight, not an adversary.
+struct Checksum {
+  uint64_t sum, weighted;
+};
+Checksum checksum(const void* data, int64_t bytes, int threads);
+
+}  // namespace fastseq
