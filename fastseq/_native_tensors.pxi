@@ -56,19 +56,31 @@ cdef int read(tensor, str name, View* view) except -1:
     if is_negated(tensor):
         raise RuntimeError(f"{name} must not have its negative bit set")
     if exchange == NULL:
-        return read_attributes(tensor, name, view)
-    exchange.dltensor_from_py_object_no_sync(<void*>tensor, &source)
-    if source.device.device_type != kDLCPU:
-        raise ValueError(f"{name} must be on the CPU, got {tensor.device}")
-    if source.ndim > 3:
-        raise ValueError(f"{name} must have at most 3 dimensions, got {source.ndim}")
-    view.data = <char*>source.data + source.byte_offset
-    view.dtype = dtype_of(source.dtype)
-    view.dims = source.ndim
-    for axis in range(source.ndim):
-        view.shape[axis] = source.shape[axis]
-        view.stride[axis] = source.strides[axis]
+        read_attributes(tensor, name, view)
+    else:
+        exchange.dltensor_from_py_object_no_sync(<void*>tensor, &source)
+        if source.device.device_type != kDLCPU:
+            raise ValueError(f"{name} must be on the CPU, got {tensor.device}")
+        if source.ndim > 3:
+            raise ValueError(f"{name} must have at most 3 dimensions, got {source.ndim}")
+        view.data = <char*>source.data + source.byte_offset
+        view.dtype = dtype_of(source.dtype)
+        view.dims = source.ndim
+        for axis in range(source.ndim):
+            view.shape[axis] = source.shape[axis]
+            view.stride[axis] = source.strides[axis]
+    if view.data == NULL:
+        check_no_elements(view, name)
     return 0
+
+
+# A tensor whose storage was freed, as by resizing it to zero, still tells its shape.
+cdef int check_no_elements(const View* view, str name) except -1:
+    cdef int axis
+    for axis in range(view.dims):
+        if view.shape[axis] == 0:
+            return 0
+    raise RuntimeError(f"{name} has no memory behind it: its storage was freed")
 
 
 cdef int dtype_of(DLDataType dtype) noexcept:
