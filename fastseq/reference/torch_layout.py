@@ -34,15 +34,17 @@ def recurrent_forward_backward(
 ) -> dict[str, np.ndarray]:
     """Outputs and gradients of one recurrent layer in one direction, in torch's layouts, computed in `dtype`.
 
-    cell "rnn_tanh", "rnn_relu", "lstm" or "gru"; x (T, B, I); h_0, c_0 (B, H) or None for zeros; weights (w_ih (G*H, I),
-    w_hh (G*H, H), b_ih (G*H,), b_hh (G*H,)), both biases may be None; lengths (B,) and reset (T, B) as in `schedule`.
+    cell "rnn_tanh", "rnn_relu", "lstm" or "gru"; x (T, B, I); h_0, c_0 (B, H) or None for zeros; weights are
+    w_ih (G*H, I), w_hh (G*H, H), b_ih (G*H,), b_hh (G*H,), both biases may be None; lengths (B,), reset (T, B) and
+    reverse as in `schedule`.
     dy (T, B, H), dh_n, dc_n (B, H), dc_all (T, B, H): gradients of the outputs, None for zeros. Arrays of another dtype
     are converted, also CPU tensors that NumPy can read (bfloat16 it cannot: pass `tensor.float()`, which is exact).
 
     Returns y, h_n, dx, dh_0, dw_ih, dw_hh, with biases db_ih, db_hh, and for the LSTM c_n, c_all, dc_0.
     Raises ValueError for an unknown cell and for cell states or their gradients given to a cell that has none.
 
-    >>> x, dy, weights = np.ones((5, 2, 3)), np.ones((5, 2, 4)), (np.ones((16, 3)), np.ones((16, 4)), *np.zeros((2, 16)))
+    >>> x, dy = np.ones((5, 2, 3)), np.ones((5, 2, 4))
+    >>> weights = np.ones((16, 3)), np.ones((16, 4)), np.zeros(16), np.zeros(16)
     >>> result = recurrent_forward_backward("lstm", x, None, None, weights, dy, dtype=np.longdouble)
     >>> list(result)
     ['y', 'h_n', 'c_n', 'c_all', 'dx', 'dh_0', 'dc_0', 'dw_ih', 'dw_hh', 'db_ih', 'db_hh']
