@@ -6,7 +6,7 @@
 
 #include "../kernels.h"
 #include "../math/step.h"
-#include "gemm-inl.h"
+#include "gemm.h"
 #include "simd_math.h"
 
 namespace fastseq::FASTSEQ_ISA {

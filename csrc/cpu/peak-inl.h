@@ -4,7 +4,7 @@
 #include <time.h>
 
 #include "../kernels.h"
-#include "gemm-inl.h"
+#include "simd.h"
 
 namespace fastseq::FASTSEQ_ISA {
 

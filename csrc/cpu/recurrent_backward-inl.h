@@ -52,62 +52,31 @@ struct TransposedWeights {
       }
   }
 
-  // out[m] (=, or += unless `first`) the product of MR rows of dG with NP vectors of columns from q, for the panels
-  // [begin, end). slots: the slot of the first term of row 0 in panel 0.
-  template <int MR, int NP>
-  __attribute__((noinline)) void tile(const T* slots, int64_t panel_stride, int64_t begin, int64_t end, int64_t q,
-                                      bool first, T* out, int64_t out_stride) const {
-    using V = Vec<T>;
-    V acc[MR][NP];
-    FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) FASTSEQ_UNROLL for (int j = 0; j < NP; ++j) acc[m][j] = V(0);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const T* a[MR];
-      FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) a[m] = slots + panel * panel_stride + m * L::kSavedWidth;
-      if (packed) {
-        accumulate<MR, NP, 1>(L::kWidth, a, 1, packed + (q * depth() + panel * L::kWidth) * L::kLanes,
-                              depth() * L::kLanes, L::kLanes, acc);
-      } else if constexpr (std::is_same_v<S, T>) {
-        for (int term = 0; term < Cell::kTerms; ++term) {
-          accumulate<MR, 1, NP>(L::kUnits, a, 1, w + row(panel, term) * columns() + q * L::kLanes, 0, columns(), acc);
-          FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) a[m] += L::kUnits;
-        }
-      }
-    }
-    FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) FASTSEQ_UNROLL for (int j = 0; j < NP; ++j) {
-      T* c = out + m * out_stride + j * L::kLanes;
-      store(c, first ? acc[m][j] : load(c) + acc[m][j]);
-    }
-  }
-
-  // out (count, vectors [q_begin, q_end)) = dG W for `count` consecutive rows of dG; out points at column 0.
+  // out (count, vectors [q_begin, q_end)) = dG W for `count` consecutive rows of dG from `slots`.
   void multiply(const T* slots, int64_t panel_stride, int64_t count, int64_t q_begin, int64_t q_end, T* out,
                 int64_t out_stride) const {
-    constexpr int64_t kPanels = max(1, kBlock / L::kWidth);
-    constexpr int kSingleRow = 8;  // columns of a single row: enough chains of FMAs to hide their latency
-    slots += (kInput ? Cell::kInputSlot : Cell::kRecurrentSlot) * L::kUnits;
-    const EvenSplit split(count, kColumnRows);
-    for (int64_t begin = 0; begin < layout.panels; begin += kPanels) {
-      const int64_t end = min(layout.panels, begin + kPanels);
-      if (count == 1) {
-        for (int64_t q = q_begin; q < q_end; q += kSingleRow)
-          with_constant<kSingleRow>(min(kSingleRow, q_end - q), [&](auto np) {
-            tile<1, decltype(np)::value>(slots, panel_stride, begin, end, q, begin == 0, out + q * L::kLanes,
-                                         out_stride);
-          });
-        continue;
-      }
-      for (int64_t q = q_begin; q < q_end; q += kColumns)
-        for (int64_t part = 0; part < split.parts; ++part) {
-          const int64_t m = split.begin(part);
-          with_constant<kColumns>(min(kColumns, q_end - q), [&](auto np) {
-            with_constant<kColumnRows>(split.count(part), [&](auto mr) {
-              tile<decltype(mr)::value, decltype(np)::value>(slots + m * L::kSavedWidth, panel_stride, begin, end, q,
-                                                             begin == 0, out + m * out_stride + q * L::kLanes,
-                                                             out_stride);
-            });
-          });
-        }
+    GradientProduct<T> product = {};
+    product.panels = layout.panels;
+    product.a_panel = panel_stride;
+    product.a_row = L::kSavedWidth;
+    if (packed) {
+      product.chunks = 1;
+      product.chunk_depth = L::kWidth;
+      product.b = packed;
+      product.b_panel = L::kWidth * L::kLanes;
+      product.b_vector = depth() * L::kLanes;
+      product.b_step = L::kLanes;
+    } else {
+      product.chunks = Cell::kTerms;
+      product.chunk_depth = L::kUnits;
+      product.b = (const T*)w;  // S is T
+      product.b_panel = L::kUnits * columns();
+      for (int term = 0; term < Cell::kTerms; ++term) product.b_chunk[term] = row(0, term) * columns();
+      product.b_vector = L::kLanes;
+      product.b_step = columns();
     }
+    product.multiply(slots + (kInput ? Cell::kInputSlot : Cell::kRecurrentSlot) * L::kUnits, count, q_begin, q_end,
+                     out, out_stride);
   }
 };
 
@@ -126,6 +95,7 @@ class Backward {
     char* memory = (char*)allocate(bytes);
     if (!memory) return kOutOfMemory;
     driver.lay_out(memory);
+    driver.schedule.starts = driver.starts_;
     Schedule::fill_starts(p, driver.starts_);
     driver.hidden_.fill_zeros();
     parallel(driver.threads_, [](void* self, const Team& team) { ((Backward*)self)->work(team); }, &driver);
@@ -314,7 +284,7 @@ class Backward {
   const S** pointers_ = nullptr;  // per thread (kBlock)
   T* packed_ = nullptr;           // per thread
   T* sums_ = nullptr;             // (G*H, N), or null
-  Schedule schedule{p, starts_};
+  Schedule schedule{p, nullptr};
   HiddenRows<S> hidden_{schedule, nullptr};
   TransposedWeights<Cell, S, false> w_hh_{layout, (const S*)p.w_hh, nullptr};
   TransposedWeights<Cell, S, true> w_ih_{layout, (const S*)p.w_ih, nullptr};

@@ -4,7 +4,6 @@
 // by rows instead and needs no barrier. Either way each output comes from the same sums in the same order.
 #pragma once
 
-#include "dot-inl.h"
 #include "layout-inl.h"
 #include "threads.h"
 
@@ -122,7 +121,10 @@ class Forward {
                                         bias + panel * L::kWidth, out, L::kWidth, panel_stride);
     }
     const S *w = (const S*)(kInput ? p.w_ih : p.w_hh), *bias = (const S*)(kInput ? p.b_ih : p.b_hh);
-    for (int i = 0; i < n; ++i)
+    for (int i = 0; i < n; ++i) {
+      // Units beyond H must be finite, as packed panels leave them.
+      if (layout.units(panel + i) < L::kUnits)
+        std::memset(out + i * panel_stride, 0, count * L::kWidth * sizeof(T));
       for (int term = 0; term < Cell::kTerms; ++term)
         for (int64_t lane = 0; lane < layout.units(panel + i); lane += L::kLanes) {
           const int gate = kInput ? Cell::input_gate(term) : Cell::recurrent_gate(term);
@@ -131,6 +133,7 @@ class Forward {
                    min(L::kLanes, layout.units(panel + i) - lane), out + i * panel_stride + term * L::kUnits + lane,
                    L::kWidth);
         }
+    }
   }
 
   // The input terms of a chunk: (panels, chunk rows, kWidth), each panel of a slice in its own place.
@@ -173,7 +176,8 @@ class Forward {
     T* carry = carry_row(panel, b);
     S* y = schedule.template row<S>(p.y, t, b) + panel * L::kUnits;
     const int64_t saved_row = schedule.starts[t] + b;
-    for (int64_t lane = 0; lane < units; lane += L::kLanes) {
+    // All units of the panel, also those beyond H: their gradients are summed later, times zero, so must be finite.
+    for (int64_t lane = 0; lane < L::kUnits; lane += L::kLanes) {
       ForwardStep<Cell, V> s;
       FASTSEQ_UNROLL for (int i = 0; i < Cell::kTerms; ++i) {
         s.x[i] = load(x + i * L::kUnits + lane);

@@ -9,9 +9,6 @@
 
 namespace fastseq::FASTSEQ_ISA {
 
-// Vectors of columns, and rows, of a tile of the backward products.
-constexpr int kColumns = 3, kColumnRows = rows_for(kColumns);
-
 template <class Cell, class S>
 struct WeightGradient {
   using L = Layout<Cell, S>;
@@ -64,10 +61,8 @@ struct WeightGradient {
             const int64_t first = gate(input, term) * layout.H + panel * L::kUnits;
             const T* a = gradients(input, panel, row) + term * L::kUnits;
             for (int64_t unit = 0; unit < layout.units(panel); unit += kColumnRows)
-              with_constant<kColumnRows>(min(kColumnRows, layout.units(panel) - unit), [&](auto mr) {
-                tile<decltype(mr)::value>(depth, a + unit, row == 0, out + (first + unit) * columns + u, columns,
-                                          columns - u);
-              });
+              multiply_outer(min(kColumnRows, layout.units(panel) - unit), depth, a + unit, L::kSavedWidth, packed,
+                             row == 0, out + (first + unit) * columns + u, columns, columns - u);
           }
       }
     }
@@ -80,24 +75,6 @@ struct WeightGradient {
             for (int64_t u = block_begin * kColumns * L::kLanes; u < end; u += L::kLanes)
               store_first(dw + at + u, load_first(sums + at + u, end - u), end - u);
           }
-  }
-
-  // MR gates x kColumns vectors of dW over one block of rows; `left` columns exist from here on.
-  template <int MR>
-  __attribute__((noinline)) void tile(int64_t depth, const T* gates, bool first, T* out, int64_t stride,
-                                      int64_t left) const {
-    V acc[MR][kColumns];
-    const T* a[MR];
-    FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) {
-      a[m] = gates + m;
-      FASTSEQ_UNROLL for (int j = 0; j < kColumns; ++j) acc[m][j] = V(0);
-    }
-    accumulate<MR, 1, kColumns>(depth, a, L::kSavedWidth, packed, 0, kColumns * L::kLanes, acc);
-    FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) FASTSEQ_UNROLL for (int j = 0; j < kColumns; ++j) {
-      T* c = out + m * stride + j * L::kLanes;
-      const int64_t n = left - j * L::kLanes;
-      if (n > 0) store_first(c, first ? acc[m][j] : load_first(c, n) + acc[m][j], n);
-    }
   }
 
   void biases(const Team& team, bool input, S* db) const {

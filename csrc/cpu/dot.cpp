@@ -1,10 +1,11 @@
 // The row-major dot micro-kernel: terms of a few rows straight from torch's weights, without packing. For single steps,
 // where packing would cost six times the step itself.
-#pragma once
-
-#include "gemm-inl.h"
+#include "gemm.h"
+#include "micro_kernel-inl.h"
 
 namespace fastseq::FASTSEQ_ISA {
+
+namespace {
 
 // sums[m * NR + i] = dot(w row i, a row m) over `depth`, for NR weight rows x MR input rows; lanes run along K.
 template <int NR, int MR, class S>
@@ -29,7 +30,7 @@ FASTSEQ_INLINE void dot_tile(const S* const (&w)[NR], const S* const (&a)[MR], i
 
 // out[m * row_stride + u] = bias[u] + dot(w + u * depth, rows[m]) for `units` <= lanes rows of w. bias may be null.
 template <int NR, int MR, class S>
-__attribute__((noinline)) void dot_column(const S* const* rows, int64_t depth, const S* w, const S* bias,
+void dot_column(const S* const* rows, int64_t depth, const S* w, const S* bias,
                                           int64_t units, Compute<S>* out, int64_t row_stride) {
   const S* a[MR];
   FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) a[m] = rows[m];
@@ -47,8 +48,10 @@ __attribute__((noinline)) void dot_column(const S* const* rows, int64_t depth, c
   }
 }
 
+}  // namespace
+
 template <class S>
-FASTSEQ_INLINE void dot_rows(const S* const* rows, int64_t count, int64_t depth, const S* w, const S* bias,
+void dot_rows(const S* const* rows, int64_t count, int64_t depth, const S* w, const S* bias,
                              int64_t units, Compute<S>* out, int64_t row_stride) {
   constexpr int kMostRows = kRegisters * 3 / 4 / 4;
   if (count == 1) {
@@ -61,5 +64,10 @@ FASTSEQ_INLINE void dot_rows(const S* const* rows, int64_t count, int64_t depth,
                                                                       out + m * row_stride, row_stride);
     });
 }
+
+template void dot_rows(const float* const*, int64_t, int64_t, const float*, const float*, int64_t, float*, int64_t);
+template void dot_rows(const double* const*, int64_t, int64_t, const double*, const double*, int64_t, double*, int64_t);
+template void dot_rows(const BFloat16* const*, int64_t, int64_t, const BFloat16*, const BFloat16*, int64_t, float*,
+                       int64_t);
 
 }  // namespace fastseq::FASTSEQ_ISA
