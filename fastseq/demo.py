@@ -126,6 +126,7 @@ def run(source: Path | None, cell: str, steps: int, output: Path) -> int:
     console.print(f"{model}\n{machine}\n", markup=False, soft_wrap=True)
 
     torchs, ours = runs = train(text, cell, steps, console)
+    console.print(fastseq.fuse_report(ours.training.model), markup=False, soft_wrap=True)
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("", "characters/s", "ms/step (median)", f"loss at step {steps}"):

@@ -196,12 +196,9 @@ def torch_results(cell: str, case: Case, inputs: Inputs) -> dict[str, np.ndarray
         results["c_n"] = state_n[1]
     if inputs.dc_all is not None:
         results["c_all"] = c_all
-    # An input that no output depends on has no gradient: zero.
-    results |= {
-        name: torch.zeros_like(a) if a.grad is None else a.grad
-        for name, a in zip(names, leaves, strict=True)
-        if a is not None
-    }
+    for name, leaf in zip(names, leaves, strict=True):
+        if leaf is not None:  # a state that no output depends on has no gradient: zero
+            results[name] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
     return _without_padding({name: _array(result) for name, result in results.items()}, inputs)
 
 
