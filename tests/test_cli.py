@@ -151,11 +151,22 @@ def test_verify_fails(native, monkeypatch, function, damage, capsys):
     monkeypatch.setattr(native, function, damaged)
     few = [verify.Case(1, 3, 5, 7), verify.Case(4, 3, 5, 7), verify.Case(4, 3, 5, 7, reverse=True)]
     monkeypatch.setattr(verify, "cases", lambda dtype: iter(few))
+    monkeypatch.setattr(verify, "SHOWN_FAILURES", 99)
     assert main(["verify", "--cell", "gru", "--dtype", "float32", "--isa", "baseline"]) == 1
     printed = capsys.readouterr().out
     assert "FAILED gru baseline float32: " in printed
     assert "T=1 B=3 I=5 H=7: error " in printed
     assert ("T=4 B=3 I=5 H=7, reverse: error " in printed) == (function != "recurrent_step")
+
+
+def test_verify_counts_the_failures_it_does_not_show(native, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "judge", lambda *arguments: verify.Verdict(False, 2.0, 1.0, 1.0))
+    few = [verify.Case(2, 3, 5, 7), verify.Case(2, 3, 5, 7, reverse=True)]
+    monkeypatch.setattr(verify, "cases", lambda dtype: iter(few))
+    assert main(["verify", "--cell", "gru", "--dtype", "float32", "--isa", "baseline"]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
+    assert len(lines) == verify.SHOWN_FAILURES + 1
+    assert lines[-1] == f"FAILED gru baseline float32: {6 - verify.SHOWN_FAILURES} more"
 
 
 def test_verify_trusts_no_absurd_yardstick():
