@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from fastseq.nn.packed_weights import PackedWeights
 from fastseq.ops import checks, composite, support
 from fastseq.ops.cell import Cell, Direction, Layer
+from fastseq.ops.kernel_calls import contiguous, unit_stride
 from fastseq.ops.lengths import Rows, packed_rows, padded_rows
 from fastseq.ops.recurrent import needs_grad, run_layer, run_step
 from fastseq.ops.support import Route
@@ -78,25 +79,19 @@ class SequenceModule(PacksWeights):
         beyond_torch = lengths is not None or reset is not None or return_states
         data = input.data if packed else input
         weights, states = self._weights(), self._states(hx)
-        if not self._fits(data, input.batch_sizes if packed else None, states, weights):
-            if packed and states is not None and hx is not None:
-                self.check_forward_args(data, hx, input.batch_sizes)  # torch's LSTM leaves it out
-            result = self._torch_class.forward(self, input, hx)  # names the mistake
-            if beyond_torch:
-                raise RuntimeError(f"{self._cell.mode}: the arguments do not fit the module")
-            return result
-
-        tensors = [w for direction in weights for w in direction]
-        route, backend = support.route((data, *tensors, *states))
+        fits = self._fits(data, input.batch_sizes if packed else None, states, weights)
+        if fits:
+            tensors = [w for direction in weights for w in direction]
+            route, backend = support.route((data, *tensors, *states))
+            fits = route is Route.KERNELS or checks.alike(data, tensors, states)
+        if not fits:
+            return self._mistake(input, hx, beyond_torch)
+        if not packed:
+            checks.check_steps(data, self._steps(data))
         if route is Route.KERNELS and (self.proj_size or not data.numel()):
             route = Route.TORCH
         if not beyond_torch and (route is Route.TORCH or (packed and route is not Route.KERNELS)):
-            if not packed:
-                checks.check_steps(input, self._steps(data))
-            return self._torch_class.forward(self, input, hx)
-        if route is not Route.KERNELS:
-            self.check_input(data, input.batch_sizes if packed else None)
-            checks.check_states(data, states)
+            return self._torch_forward(input, hx)
         run = _Run(
             weights,
             packed_rows(input.batch_sizes) if packed else None,
@@ -112,11 +107,26 @@ class SequenceModule(PacksWeights):
             return self._forward_packed(input, states, run)
         return self._forward_padded(data, states, lengths, reset, run)
 
+    def _torch_forward(self, input: Any, hx: Any) -> tuple:
+        """torch's own forward. It runs outside the graphs of torch.compile, as it does for torch's own classes."""
+        forward = self._torch_class.forward
+        if support.is_compiling() and not torch.compiler.is_exporting():
+            forward = torch.compiler.disable(forward)
+        return forward(self, input, hx)
+
+    def _mistake(self, input: Any, hx: Any, beyond_torch: bool) -> tuple:
+        """Lets torch name what is wrong with the arguments."""
+        if isinstance(input, PackedSequence) and hx is not None and self._states(hx) is not None:
+            self.check_forward_args(input.data, hx, input.batch_sizes)  # torch's LSTM leaves it out
+        result = self._torch_class.forward(self, input, hx)
+        if beyond_torch:
+            raise RuntimeError(f"{self._cell.mode}: the arguments do not fit the module")
+        return result
+
     def _forward_padded(
         self, data: Tensor, states: States, lengths: Tensor | Sequence[int] | None, reset: Tensor | None, run: _Run
     ) -> tuple:
         unbatched = data.dim() == 2
-        checks.check_steps(data, self._steps(data))
         if reset is not None:
             checks.check_reset(reset, tuple(data.shape[:-1]), data.device)
         if unbatched:
@@ -239,22 +249,34 @@ class SequenceModule(PacksWeights):
         checks.check_states(x, states, or_float32=float_state)
         if float_state:
             states = tuple(None if s is None else s.float() for s in states)
-        keep = self._packed_weights()
-        run = _Run(
-            weights,
-            None,
-            None,
-            False,
-            float_state,
-            False,
-            route,
-            backend,
-            keep.frozen and route is Route.KERNELS and not needs_grad(x, *tensors, *states),
-        )
-        y, states, _ = self._layers(x, states, run)
+        if route is Route.KERNELS and not needs_grad(x, *tensors, *states):
+            y, states = self._step_layers(x[0], states, weights, float_state, backend)
+        else:
+            run = _Run(weights, None, None, False, float_state, False, route, backend, False)
+            y, states, _ = self._layers(x, states, run)
+            y = y.squeeze(0)
         if unbatched:
-            return y.squeeze(0).squeeze(0), self._hx(tuple(None if s is None else s.squeeze(1) for s in states))
-        return y.squeeze(0), self._hx(states)
+            return y.squeeze(0), self._hx(tuple(None if s is None else s.squeeze(1) for s in states))
+        return y, self._hx(states)
+
+    def _step_layers(
+        self, x: Tensor, states: States, weights: list[Direction], float_state: bool, backend: ModuleType
+    ) -> tuple[Tensor, States]:
+        """`_layers` for one step and one direction without gradients: the shortest way to the kernels."""
+        cell, keep, threads = self._cell, self._packed_weights(), torch.get_num_threads()
+        last = []
+        for layer, direction in enumerate(weights):
+            h, c = (None if s is None else unit_stride(s[layer]) for s in states)
+            panels = keep.panels(backend, cell.name, layer, direction) if keep.frozen else None
+            w_ih, w_hh, b_ih, b_hh = map(contiguous, direction)
+            x, h, c, _ = backend.recurrent_step(
+                cell.name, unit_stride(x), h, c, w_ih, w_hh, b_ih, b_hh, threads, False, panels, float_state
+            )
+            last.append((h, c))
+            if self.dropout and layer < self.num_layers - 1:
+                x = F.dropout(x, self.dropout, self.training)
+        # stack: the state must not share memory with the output
+        return x, tuple(None if s[0] is None else torch.stack(s) for s in zip(*last, strict=True))
 
     # ---- arguments
 

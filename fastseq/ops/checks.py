@@ -67,6 +67,17 @@ def check_state_sizes(states: Sequence[Tensor | None], sizes: Sequence[tuple[int
             raise RuntimeError(f"{what} {size}, got {list(state.shape)}")
 
 
+def alike(input: Tensor, weights: Sequence[Tensor | None], states: Sequence[Tensor | None]) -> bool:
+    """True where all have the dtype (but under autocast, which casts) and the device of the input."""
+    autocast = support.any_autocast()
+    return all(
+        (autocast or t.dtype is input.dtype) and t.device == input.device
+        for tensors in (weights, states)
+        for t in tensors
+        if t is not None
+    )
+
+
 def check_states(input: Tensor, states: Sequence[Tensor | None], or_float32: bool = False) -> None:
     """Dtype and device of initial states, where torch's own op does not look at them."""
     for state in states:

@@ -16,6 +16,8 @@ from fastseq.ops.cell import Cell, Direction, Layer, Results, Weights
 
 def layer(call: Layer, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Weights) -> Results:
     """Runs one layer. `h_0` and `c_0` are (D, B, H); each direction of `weights` may end with a projection."""
+    if support.any_autocast() and torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+        return _autocast_layer(call, x, h_0, c_0, weights)
     if call.plain and not support.transformed():
         return _torch_layer(call, x, h_0, c_0, weights)
     rows = call.rows
@@ -132,6 +134,18 @@ def _torch_layer(call: Layer, x: Tensor, h_0: Tensor | None, c_0: Tensor | None,
     else:
         y, *states = cell.sequence_op(x.flip(0) if backwards else x, hx, flat, *options, False)
     return Results(y.flip(0) if backwards else y, states[0], states[1] if cell.has_c else None, None)
+
+
+def _autocast_layer(call: Layer, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Weights) -> Results:
+    """With torch's own result dtypes: RNN and LSTM in the lower precision, GRU in that of its weights."""
+    device = x.device.type
+    dtype = weights[0][0].dtype if call.cell.name == "gru" else torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(dtype)
+
+    with torch.autocast(device, enabled=False):
+        return layer(call, cast(x), cast(h_0), cast(c_0), [tuple(map(cast, direction)) for direction in weights])
 
 
 def _packed_layer(call: Layer, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Weights) -> Results:

@@ -42,6 +42,8 @@ def padded_rows(lengths: Tensor | Sequence[int] | int, steps: int, batch: int, d
         TypeError: lengths that are not integers (floats, NaN, bools, None).
         ValueError: not `batch` of them, or one out of [0, steps].
     """
+    if support.is_compiling() and not isinstance(lengths, Tensor):
+        lengths = torch.tensor(lengths)
     if isinstance(lengths, Tensor) and not _readable(lengths):
         inexact = lengths.is_floating_point() or lengths.is_complex()
         _check_integers(not inexact and lengths.dtype is not torch.bool, lengths)

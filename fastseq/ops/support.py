@@ -105,6 +105,14 @@ def plain(tensor: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
+def kernels_selected() -> bool:
+    """True where a backend is at hand. torch.compile takes the answer for a constant of the graph."""
+    return backends.select() is not None
+
+
+kernels_selected._dynamo_marked_constant = True  # what torch._dynamo.assume_constant_result does, without its import
+
+
 def route(tensors: Iterable[Tensor | None], states: Iterable[Tensor | None] = ()) -> tuple[Route, ModuleType | None]:
     """Who computes a call on these tensors, and with which backend.
 
@@ -113,7 +121,10 @@ def route(tensors: Iterable[Tensor | None], states: Iterable[Tensor | None] = ()
         states: initial states, which may also be float32 beside a bfloat16 input.
     """
     if is_compiling():
-        return (Route.TORCH if torch.compiler.is_exporting() else Route.GRAPH), None
+        tensors = [t for t in (*tensors, *states) if t is not None]
+        served = not torch.compiler.is_exporting() and not torch.is_autocast_enabled("cpu") and kernels_selected()
+        served = served and all(t.is_cpu and t.dtype is tensors[0].dtype and type(t) in PLAIN_TYPES for t in tensors)
+        return (Route.GRAPH if served and tensors[0].dtype in DTYPES else Route.TORCH), None
     if transformed():
         return Route.COMPOSITE, None
     if watched():
