@@ -75,10 +75,10 @@ struct RecurrentKernels {
 };
 
 struct Kernels {
-  const char* isa;    // "baseline", "avx2", "avx512", "avx512_bf16"
+  const char* isa;  // "baseline", "avx2", "avx512", "avx512_bf16"
   int vector_bytes;
-  RecurrentKernels recurrent[kCells][kDtypes];
-  double (*fma_peak)(int dtype, double seconds);  // measured flops per second of one core at full FMA rate
+  const RecurrentKernels* (*recurrent)(int cell);  // kDtypes entries
+  double (*fma_peak)(int dtype, double seconds);   // measured flops per second of one core at full FMA rate
 };
 
 // The table of an ISA, or null when this machine (or this build) lacks it.

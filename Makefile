@@ -1,0 +1,67 @@
+# Every target makes what it needs: the active virtual environment or .venv, torch unless it is there already, the build.
+PYTHON ?= python3
+VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
+BIN := $(abspath $(VENV))/bin
+READY := $(VENV)/.fastseq-ready
+# The pip of a new environment is bundled with Python, so nothing is upgraded; an editable import runs cmake.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export PATH := $(BIN):$(PATH)
+
+# The local version +cpu keeps pip from ever taking the CUDA build of the same release, which is 20 times as large.
+TORCH ?= torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+TOOLS := "scikit-build-core>=0.11" "cython>=3.1" "cython-cmake>=0.2" "cmake>=3.20" ninja
+EXTRAS := cli,test,bench,lint
+CXX_SOURCES := $(filter-out csrc/dlpack.h,$(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp))
+
+.PHONY: build demo test bench lint format asan clean
+build: $(READY)
+
+demo: $(READY)
+	$(BIN)/fastseq demo
+
+test: $(READY)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+
+bench: $(READY)
+	$(BIN)/python -m pytest bench
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+# A build of its own beside the editable one. `python -S` on the whole of sys.path skips the hook of the editable
+# install, which would answer first; libstdc++ has to be there before the sanitizer looks for its symbols.
+ASAN := build/asan
+asan: $(READY)
+	$(PIP) install -q --no-build-isolation --no-deps --upgrade --target $(ASAN)/site . \
+		-C build-dir=$(ASAN)/cmake -C cmake.define.FASTSEQ_SANITIZE=address,undefined
+	path=$$($(BIN)/python -c 'import sys; print(":".join(p for p in sys.path if p))') && \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=2 \
+	PYTHONPATH=$(ASAN)/site:$$path $(BIN)/python -S -m pytest
+
+clean:
+	rm -rf build dist $(READY) $(if $(VIRTUAL_ENV),,.venv)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'fastseq needs Python 3.11 or later; PYTHON=... names another' >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo 'this Python has no venv module; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): pyproject.toml CMakeLists.txt | $(BIN)/python
+	@$(BIN)/python -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)' 2>/dev/null || \
+		$(PIP) install "$(TORCH)" || \
+		$(PIP) install "$(TORCH)" --extra-index-url $(TORCH_INDEX)
+	$(PIP) install -q $(TOOLS)
+	$(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]" -C editable.rebuild=true -C editable.verbose=false
+	@touch $@

@@ -1,0 +1,30 @@
+// A team of threads for one kernel call. Compiled once; the only user of OpenMP, whose pool is the one torch uses.
+#pragma once
+
+#include <cstdint>
+
+namespace fastseq {
+
+struct Barrier;
+
+// What a thread knows of the team it is in. `size` is what OpenMP really gave, which may be less than was asked for:
+// partition by it, never by the number passed to `parallel`.
+struct Team {
+  int rank;
+  int size;
+  Barrier* barrier;
+
+  // Returns once every thread of the team has called it; all writes before it are then visible to all.
+  void wait() const;
+};
+
+// Runs body(context, team) on a team of at most `threads`, and returns when all have finished. Inline with a team of
+// one when `threads` is 1, inside another parallel region, while another caller holds a team, and in a forked child.
+// The body must not throw, and its result must not depend on the size of the team.
+void parallel(int threads, void (*body)(void* context, const Team& team), void* context);
+
+// 64-byte aligned memory; null when there is none.
+void* allocate(int64_t bytes);
+void release(void* memory);
+
+}  // namespace fastseq

@@ -1,0 +1,98 @@
+# What _native.pyx sees of the C side: the tensor exchange of DLPack, threads.h and kernels.h.
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+
+cdef extern from "Python.h":
+    void PyErr_SetString(object kind, const char* message)
+
+cdef extern from "dlpack.h" nogil:
+    int DLPACK_MAJOR_VERSION
+    int kDLCPU, kDLInt, kDLUInt, kDLFloat, kDLBfloat, kDLBool
+
+    ctypedef struct DLPackVersion:
+        uint32_t major
+    ctypedef struct DLDevice:
+        int32_t device_type
+    ctypedef struct DLDataType:
+        uint8_t code
+        uint8_t bits
+        uint16_t lanes
+    ctypedef struct DLTensor:
+        void* data
+        DLDevice device
+        int32_t ndim
+        DLDataType dtype
+        int64_t* shape
+        int64_t* strides
+        uint64_t byte_offset
+    ctypedef struct DLManagedTensorVersioned:
+        DLTensor dl_tensor
+    ctypedef struct DLPackExchangeAPIHeader:
+        DLPackVersion version
+    # These functions return -1 with a Python error set.
+    ctypedef struct DLPackExchangeAPI:
+        DLPackExchangeAPIHeader header
+        int (*managed_tensor_allocator)(
+            DLTensor*, DLManagedTensorVersioned**, void*, void (*)(void*, const char*, const char*) noexcept
+        ) except -1
+        int (*managed_tensor_to_py_object_no_sync)(DLManagedTensorVersioned*, void**) except -1
+        int (*dltensor_from_py_object_no_sync)(void*, DLTensor*) except -1
+
+cdef extern from "cpu/threads.h" namespace "fastseq" nogil:
+    void* allocate(int64_t)
+    void release(void*)
+
+cdef extern from "kernels.h" namespace "fastseq" nogil:
+    int kFloat32, kFloat64, kBFloat16, kDtypes
+    int kRnnTanh, kRnnRelu, kLstm, kGru
+    ctypedef enum Status:
+        kOk
+        kOutOfMemory
+    struct Sequence:
+        void* data
+        int64_t step_stride
+        int64_t row_stride
+    struct State:
+        void* data
+        int64_t row_stride
+    struct RecurrentParams:
+        int64_t steps, batch, input_size, hidden_size
+        const int64_t* batch_sizes
+        const int64_t* order
+        bint packed
+        bint reverse
+        const uint8_t* reset
+        int64_t reset_step_stride, reset_row_stride
+        int threads
+        bint float_state
+        const void* w_ih
+        const void* w_hh
+        const void* b_ih
+        const void* b_hh
+        const void* panels
+        Sequence x, y, c_all, dy, dc_all, dx
+        State h_0, c_0, h_n, c_n, dh_n, dc_n, dh_0, dc_0
+        void* saved
+        bint accumulate_dx
+        void* dw_ih
+        void* dw_hh
+        void* db_ih
+        void* db_hh
+    struct RecurrentKernels:
+        int64_t (*panels_bytes)(const RecurrentParams&) noexcept nogil
+        int64_t (*saved_bytes)(const RecurrentParams&) noexcept nogil
+        void (*pack)(const RecurrentParams&, void*) noexcept nogil
+        Status (*forward)(const RecurrentParams&) noexcept nogil
+        Status (*backward)(const RecurrentParams&) noexcept nogil
+    struct Kernels:
+        const char* isa
+        int vector_bytes
+        const RecurrentKernels* (*recurrent)(int) noexcept nogil
+        double (*fma_peak)(int, double) noexcept nogil
+    struct Checksum:
+        uint64_t sum
+        uint64_t weighted
+    const Kernels* find_kernels(const char*)
+    const Kernels* default_kernels()
+    Checksum kernels_checksum "fastseq::checksum"(const void*, int64_t, int)

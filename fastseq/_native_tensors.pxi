@@ -1,0 +1,279 @@
+# Reading tensors and allocating them: the part of _native.pyx that knows what a tensor is.
+
+# The dtypes of kernels.h, and three more that arguments may have.
+cdef enum:
+    INT64 = 3
+    BOOL = 4
+    UINT8 = 5
+
+DTYPES = ("float32", "float64", "bfloat16", "int64", "bool", "uint8")
+cdef int64_t[6] ITEM_SIZE = [4, 8, 2, 8, 1, 1]
+
+cdef struct View:
+    char* data
+    int dtype  # -1: none of the above
+    int dims
+    int64_t[3] shape
+    int64_t[3] stride  # in elements
+
+# A call: the params, and what its tensors are checked against beside them.
+cdef struct Problem:
+    RecurrentParams params
+    int cell
+    int dtype
+    int state_dtype
+    int64_t rows  # of a packed sequence
+
+cdef DLPackExchangeAPI* exchange = NULL
+cdef object tensor_type = None
+cdef object parameter_type = None
+cdef object is_negated = None
+cdef object new_tensor = None
+
+
+def attach(tensor, parameter, is_neg, empty, capsule):
+    """Hands over torch: its two types, Tensor.is_neg, empty(shape, dtype name), and Tensor.__dlpack_c_exchange_api__.
+
+    Without the last, or where its version is not ours, tensors are read through their Python attributes.
+    Returns whether it is used.
+    """
+    global tensor_type, parameter_type, is_negated, new_tensor, exchange
+    cdef DLPackExchangeAPI* table = NULL
+    if capsule is not None:
+        table = <DLPackExchangeAPI*>PyCapsule_GetPointer(capsule, b"dlpack_exchange_api")
+        if table.header.version.major != <uint32_t>DLPACK_MAJOR_VERSION or table.dltensor_from_py_object_no_sync == NULL:
+            table = NULL
+    tensor_type, parameter_type, is_negated, new_tensor, exchange = tensor, parameter, is_neg, empty, table
+    return table != NULL
+
+
+cdef int read(tensor, str name, View* view) except -1:
+    cdef DLTensor source
+    cdef int axis
+    if type(tensor) is not tensor_type and type(tensor) is not parameter_type:
+        raise TypeError(f"{name} must be a torch.Tensor or a torch.nn.Parameter, got {type(tensor).__name__}")
+    # A view that torch negates lazily: its bytes are not its values.
+    if is_negated(tensor):
+        raise RuntimeError(f"{name} must not have its negative bit set")
+    if exchange == NULL:
+        read_attributes(tensor, name, view)
+    else:
+        exchange.dltensor_from_py_object_no_sync(<void*>tensor, &source)
+        if source.device.device_type != kDLCPU:
+            raise ValueError(f"{name} must be on the CPU, got {tensor.device}")
+        if source.ndim > 3:
+            raise ValueError(f"{name} must have at most 3 dimensions, got {source.ndim}")
+        view.data = <char*>source.data + source.byte_offset
+        view.dtype = dtype_of(source.dtype)
+        view.dims = source.ndim
+        for axis in range(source.ndim):
+            view.shape[axis] = source.shape[axis]
+            view.stride[axis] = source.strides[axis]
+    if view.data == NULL:
+        check_no_elements(view, name)
+    return 0
+
+
+# A tensor whose storage was freed, as by resizing it to zero, still tells its shape.
+cdef int check_no_elements(const View* view, str name) except -1:
+    cdef int axis
+    for axis in range(view.dims):
+        if view.shape[axis] == 0:
+            return 0
+    raise RuntimeError(f"{name} has no memory behind it: its storage was freed")
+
+
+cdef int dtype_of(DLDataType dtype) noexcept:
+    if dtype.lanes != 1:
+        return -1
+    if dtype.code == kDLFloat:
+        return kFloat32 if dtype.bits == 32 else kFloat64 if dtype.bits == 64 else -1
+    if dtype.code == kDLBfloat:
+        return kBFloat16 if dtype.bits == 16 else -1
+    if dtype.code == kDLInt:
+        return INT64 if dtype.bits == 64 else -1
+    if dtype.code == kDLUInt:
+        return UINT8 if dtype.bits == 8 else -1
+    return BOOL if dtype.code == kDLBool else -1
+
+
+cdef int read_attributes(tensor, str name, View* view) except -1:
+    cdef int axis
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} must be on the CPU, got {tensor.device}")
+    shape, stride, dtype = tensor.shape, tensor.stride(), str(tensor.dtype)[len("torch."):]
+    if len(shape) > 3:
+        raise ValueError(f"{name} must have at most 3 dimensions, got {len(shape)}")
+    view.data = <char*><uintptr_t>tensor.data_ptr()
+    view.dtype = DTYPES.index(dtype) if dtype in DTYPES else -1
+    view.dims = len(shape)
+    for axis in range(view.dims):
+        view.shape[axis] = shape[axis]
+        view.stride[axis] = stride[axis]
+    return 0
+
+
+cdef tuple shape_of(const View* view):
+    return tuple([view.shape[axis] for axis in range(view.dims)])
+
+
+# A size of -1 stands for a dimension that is not there.
+cdef int check(const View* view, str name, int dtype, int64_t d0, int64_t d1, int64_t d2) except -1:
+    cdef int dims = 1 if d1 < 0 else 2 if d2 < 0 else 3
+    if view.dtype != dtype:
+        got = "another" if view.dtype < 0 else DTYPES[view.dtype]
+        raise TypeError(f"{name} must have dtype {DTYPES[dtype]}, got {got}")
+    if (
+        view.dims != dims
+        or view.shape[0] != d0
+        or (dims > 1 and view.shape[1] != d1)
+        or (dims > 2 and view.shape[2] != d2)
+    ):
+        raise ValueError(f"{name} must have shape {(d0, d1, d2)[:dims]}, got {shape_of(view)}")
+    return 0
+
+
+# A tensor that says itself which dtype and sizes the others must have.
+cdef int check_float(const View* view, str name, int dims) except -1:
+    cdef int axis
+    if view.dtype < 0 or view.dtype >= kDtypes:
+        raise TypeError(f"{name} must have dtype {', '.join(DTYPES[:kDtypes])}")
+    if view.dims != dims:
+        raise ValueError(f"{name} must have {dims} dimensions, got {view.dims}")
+    for axis in range(dims):
+        if view.shape[axis] < 1:
+            raise ValueError(f"{name} must not be empty, got shape {shape_of(view)}")
+    return 0
+
+
+cdef int check_unit_stride(const View* view, str name) except -1:
+    if view.stride[view.dims - 1] != 1 and view.shape[view.dims - 1] != 1:
+        raise ValueError(f"{name} must be contiguous along its last dimension")
+    return 0
+
+
+# Returns the number of elements.
+cdef int64_t check_contiguous(const View* view, str name) except -1:
+    cdef int64_t count = 1
+    cdef int axis
+    for axis in range(view.dims - 1, -1, -1):
+        if view.stride[axis] != count and view.shape[axis] > 1:
+            raise ValueError(f"{name} must be contiguous")
+        count *= view.shape[axis]
+    return count
+
+
+# No element of an output may be reached twice, as in expanded tensors and overlapping windows.
+cdef int check_distinct(const View* view, str name) except -1:
+    cdef int64_t reach = view.shape[view.dims - 1]
+    cdef int first = view.dims - 2
+    cdef int last = 0
+    cdef int axis
+    if view.dims == 3 and view.stride[0] < view.stride[1]:
+        first, last = 0, 1
+    for axis in (first, last):
+        if view.shape[axis] > 1 and view.stride[axis] < reach:
+            raise ValueError(f"{name} must not overlap itself")
+        reach += view.stride[axis] * (view.shape[axis] - 1)
+        if first == last:
+            break
+    return 0
+
+
+cdef const void* read_weight(tensor, str name, int dtype, int64_t d0, int64_t d1) except? NULL:
+    cdef View view
+    if tensor is None:
+        return NULL
+    read(tensor, name, &view)
+    check(&view, name, dtype, d0, d1, -1)
+    check_contiguous(&view, name)
+    return view.data
+
+
+cdef int read_sequence(
+    Sequence* out, tensor, str name, const Problem* problem, int64_t columns, bint written
+) except -1:
+    cdef View view
+    if tensor is None:
+        return 0
+    read(tensor, name, &view)
+    if problem.params.packed:
+        check(&view, name, problem.dtype, problem.rows, columns, -1)
+    else:
+        check(&view, name, problem.dtype, problem.params.steps, problem.params.batch, columns)
+    check_unit_stride(&view, name)
+    if written:
+        check_distinct(&view, name)
+    out.data = view.data
+    out.step_stride = 0 if problem.params.packed else view.stride[0]
+    out.row_stride = view.stride[view.dims - 2]
+    return 0
+
+
+cdef int read_state(State* out, tensor, str name, const Problem* problem) except -1:
+    cdef View view
+    if tensor is None:
+        return 0
+    read(tensor, name, &view)
+    check(&view, name, problem.state_dtype, problem.params.batch, problem.params.hidden_size, -1)
+    check_unit_stride(&view, name)
+    out.data = view.data
+    out.row_stride = view.stride[0]
+    return 0
+
+
+# An ordinary tensor.
+cdef object empty(void** data, int dtype, tuple shape):
+    cdef View view
+    tensor = new_tensor(shape, DTYPES[dtype])
+    read(tensor, "output", &view)
+    data[0] = view.data
+    return tensor
+
+
+cdef object empty_sequence(Sequence* out, const Problem* problem, int64_t columns):
+    cdef const RecurrentParams* p = &problem.params
+    out.row_stride = columns
+    if p.packed:
+        return empty(&out.data, problem.dtype, (problem.rows, columns))
+    out.step_stride = p.batch * columns
+    tensor = empty(&out.data, problem.dtype, (p.steps, p.batch, columns))
+    if p.batch_sizes != NULL:
+        with nogil:
+            memset(out.data, 0, p.steps * out.step_stride * ITEM_SIZE[problem.dtype])
+    return tensor
+
+
+cdef object empty_state(State* out, const Problem* problem):
+    out.row_stride = problem.params.hidden_size
+    return empty(&out.data, problem.state_dtype, (problem.params.batch, problem.params.hidden_size))
+
+
+# A state for a single step. The exchange table allocates at half the cost of torch.empty, but the storage that it
+# makes cannot be resized, which is why longer calls do without it.
+cdef object empty_step(void** data, const Problem* problem, int dtype):
+    cdef int64_t[2] shape
+    cdef DLTensor prototype
+    cdef DLManagedTensorVersioned* managed = NULL
+    cdef void* made = NULL
+    if exchange == NULL:
+        return empty(data, dtype, (problem.params.batch, problem.params.hidden_size))
+    shape[0] = problem.params.batch
+    shape[1] = problem.params.hidden_size
+    memset(&prototype, 0, sizeof(prototype))
+    prototype.device.device_type = kDLCPU
+    prototype.ndim = 2
+    prototype.dtype.code = kDLBfloat if dtype == kBFloat16 else kDLFloat
+    prototype.dtype.bits = 8 * ITEM_SIZE[dtype]
+    prototype.dtype.lanes = 1
+    prototype.shape = shape
+    exchange.managed_tensor_allocator(&prototype, &managed, NULL, set_error)
+    data[0] = managed.dl_tensor.data
+    exchange.managed_tensor_to_py_object_no_sync(managed, &made)
+    tensor = <object>made
+    Py_DECREF(tensor)  # made came with a reference of its own
+    return tensor
+
+
+cdef void set_error(void* context, const char* kind, const char* message) noexcept with gil:
+    PyErr_SetString(RuntimeError, message)

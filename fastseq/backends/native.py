@@ -1,0 +1,180 @@
+"""The compiled kernels, as functions of tensors: one layer, one direction, forward and backward.
+
+T steps, B rows, input size I, hidden size H, G gates. Weights are (w_ih (G*H, I), w_hh (G*H, H), b_ih (G*H,), b_hh
+(G*H,)) in torch's layout and gate order, the biases both None or both given. Cells are "rnn_tanh", "rnn_relu", "lstm",
+"gru"; dtypes are float32, float64 and bfloat16, one per call. Tensors must be plain (Tensor or Parameter, on the CPU),
+with a unit stride along the last dimension: what anything else means is for the caller to say. TypeError, ValueError or
+RuntimeError for anything else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fastseq import _native
+from fastseq._native import Panels
+
+__all__ = [
+    "Panels",
+    "active_isa",
+    "attach",
+    "checksum",
+    "fma_peak",
+    "isas",
+    "pack",
+    "recurrent_backward",
+    "recurrent_forward",
+    "recurrent_step",
+    "use_isa",
+    "vector_bytes",
+]
+
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def _empty(shape: tuple[int, ...], dtype: str) -> Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype))
+
+
+def attach(*, empty: Callable[[tuple[int, ...], str], Tensor] = _empty, exchange: bool = True) -> bool:
+    """Hands torch's types and functions to the extension; done at import.
+
+    Tests do it again: with `exchange=False` to read tensors as on a torch without the DLPack exchange table, or with
+    an `empty(shape, dtype name)` that poisons what it returns. Returns whether the table is in use.
+    """
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None) if exchange else None
+    return _native.attach(Tensor, torch.nn.Parameter, Tensor.is_neg, empty, capsule)
+
+
+attach()
+
+isas = _native.isas
+active_isa = _native.active_isa
+vector_bytes = _native.vector_bytes
+
+if active_isa() is None:
+    raise ValueError(
+        f"FASTSEQ_ISA is {os.environ['FASTSEQ_ISA']!r}, which is none of those of this machine: {', '.join(isas())}"
+    )
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Runs the block, in every thread of the process, with the instruction set of this name out of `isas()`."""
+    before = active_isa()
+    _native.activate(name)
+    try:
+        yield
+    finally:
+        _native.activate(before)
+
+
+def fma_peak(dtype: torch.dtype = torch.float32, seconds: float = 0.05) -> float:
+    """Flops per second that one core reaches with the active instruction set when it does nothing else."""
+    return _native.fma_peak(str(dtype).removeprefix("torch."), seconds)
+
+
+def checksum(tensor: Tensor) -> tuple[int, int]:
+    """Two integers that depend on every byte of a contiguous tensor and on its place."""
+    return _native.checksum(tensor, torch.get_num_threads())
+
+
+def pack(cell: str, weights: Weights) -> Panels:
+    """The weights, packed for the active instruction set; `nbytes` and `isa` tell how large and for which.
+
+    Panels are a copy: they do not follow later changes of the weights.
+    """
+    return _native.pack(cell, weights, torch.get_num_threads())
+
+
+def recurrent_forward(
+    cell: str,
+    x: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Weights,
+    *,
+    panels: Panels | None = None,
+    batch_sizes: Tensor | None = None,
+    order: Tensor | None = None,
+    packed: bool = False,
+    reverse: bool = False,
+    reset: Tensor | None = None,
+    save: bool = False,
+    y: Tensor | None = None,
+    return_c: bool = False,
+    float_state: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """A whole sequence: (y, h_n, c_n, c_all, saved).
+
+    Args:
+        x: (T, B, I), or the rows (sum of batch_sizes, I) of a packed sequence with `packed`.
+        h_0, c_0: (B, H) or None for zeros; c_0 for the LSTM. dtype of x, or float32 with `float_state`.
+        panels: `pack(cell, weights)`, made with the active instruction set. None: the weights are packed for this
+            call where that pays.
+        batch_sizes: int64 (T,), the number of rows active at each step: falling, at least 1. None: all, always.
+        order: int64 (B,), the batch index of each row when rows are sorted by falling length. None: sorted already.
+        reverse: from the last step to the first.
+        reset: bool (T, B), True zeroes the state between the steps t - 1 and t.
+        save: keep what `recurrent_backward` needs, as an opaque tensor.
+        y: (T, B, H) to write into; its padding is not written. None: a new one, zero at padding.
+        return_c: the LSTM's c of all steps as well, (T, B, H), zero at padding.
+        float_state: of bfloat16, keep the states that come in and go out in float32.
+    """
+    return _native.recurrent_forward(
+        cell, x, h_0, c_0, weights, panels, batch_sizes, order, packed, reverse, reset, save, y,
+        return_c, float_state, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+# recurrent_step(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, threads, save=False, panels=None, float_state=False)
+#   -> (y, h_n, c_n, saved)
+# One step: x (B, I), h and c (B, H) or None for zeros. h_n is y itself, but for float_state. Not wrapped, since at one
+# row the kernel takes hardly longer than a Python call.
+recurrent_step = _native.recurrent_step
+
+
+def recurrent_backward(
+    cell: str,
+    x: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Weights,
+    y: Tensor,
+    saved: Tensor,
+    isa: str,
+    *,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dc_all: Tensor | None,
+    needs: Sequence[bool],
+    batch_sizes: Tensor | None = None,
+    order: Tensor | None = None,
+    packed: bool = False,
+    reverse: bool = False,
+    reset: Tensor | None = None,
+    float_state: bool = False,
+    dx: Tensor | None = None,
+    accumulate_dx: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """The gradients (dx, dh_0, dc_0, dw_ih, dw_hh, db_ih, db_hh), None where `needs` says so.
+
+    Destroys `saved`: a second call needs another `recurrent_forward(save=True)` first.
+
+    Args:
+        y, saved: what `recurrent_forward` returned for the same arguments.
+        isa: the instruction set that it ran with.
+        dy, dh_n, dc_n, dc_all: gradients of y, h_n, c_n and c_all; None for zero.
+        needs: seven bools, in the order of the result.
+        dx: (T, B, I) to write into, or to add to with `accumulate_dx`; its padding is not written.
+    """
+    return _native.recurrent_backward(
+        cell, x, h_0, c_0, weights, y, saved, isa, dy, dh_n, dc_n, dc_all, needs, batch_sizes, order, packed,
+        reverse, reset, float_state, dx, accumulate_dx, torch.get_num_threads(),
+    )  # fmt: skip

@@ -1,0 +1,56 @@
+"""The specification of every operation, in NumPy alone, written to be read beside a textbook.
+
+Names, shapes and conventions are those of Stanford's CS231n: x (N, T, D), Wx (D, G*H), Wh (H, G*H), b (G*H,); forward
+functions return their result and a cache, backward functions take the gradient of the result and that cache. Nothing
+here is fast, and nothing here shares code with what it checks. Any floating dtype works: float32, float64, longdouble.
+"""
+
+from .error_rule import EPS, Verdict, error_rule
+from .gru import gru_backward, gru_forward, gru_step_backward, gru_step_forward
+from .layers import (
+    affine_backward,
+    affine_forward,
+    layernorm_backward,
+    layernorm_forward,
+    sigmoid,
+    temporal_affine_backward,
+    temporal_affine_forward,
+    temporal_softmax_loss,
+    word_embedding_backward,
+    word_embedding_forward,
+)
+from .lstm import lstm_backward, lstm_forward, lstm_step_backward, lstm_step_forward
+from .rnn import rnn_backward, rnn_forward, rnn_step_backward, rnn_step_forward
+from .schedule import Step, schedule
+from .torch_layout import recurrent_forward_backward
+
+__all__ = [
+    "EPS",
+    "Step",
+    "Verdict",
+    "affine_backward",
+    "affine_forward",
+    "error_rule",
+    "gru_backward",
+    "gru_forward",
+    "gru_step_backward",
+    "gru_step_forward",
+    "layernorm_backward",
+    "layernorm_forward",
+    "lstm_backward",
+    "lstm_forward",
+    "lstm_step_backward",
+    "lstm_step_forward",
+    "recurrent_forward_backward",
+    "rnn_backward",
+    "rnn_forward",
+    "rnn_step_backward",
+    "rnn_step_forward",
+    "schedule",
+    "sigmoid",
+    "temporal_affine_backward",
+    "temporal_affine_forward",
+    "temporal_softmax_loss",
+    "word_embedding_backward",
+    "word_embedding_forward",
+]

@@ -1,0 +1,142 @@
+"""Gated recurrent unit (Cho et al. 2014) with the reset gate after the matmul, as in torch and cuDNN, in NumPy.
+
+    r, z = sigmoid(x_t Wx + h_{t-1} Wh + b)
+    n = tanh(x_t Wx_n + b_n + r * (h_{t-1} Wh_n + b_hn))
+    h_t = (1 - z) * n + z * h_{t-1}
+
+N rows, T steps, D inputs, H units. The columns of Wx, Wh and b are three blocks of H: r, z, n. b_hn (H,) is the bias
+inside the reset gate's product. Everything is computed in the dtype of the arguments.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .layers import sigmoid
+from .schedule import schedule
+
+
+def gru_step_forward(
+    x: np.ndarray,
+    prev_h: np.ndarray,
+    Wx: np.ndarray,
+    Wh: np.ndarray,
+    b: np.ndarray,
+    b_hn: np.ndarray | None = None,
+) -> tuple[np.ndarray, tuple]:
+    """One step of a GRU.
+
+    x (N, D), prev_h (N, H), Wx (D, 3H), Wh (H, 3H), b (3H,), b_hn (H,), zeros if None.
+    Returns next_h (N, H) and the cache for `gru_step_backward`.
+
+    >>> x, prev_h = np.zeros((2, 3)), np.ones((2, 4))
+    >>> next_h, cache = gru_step_forward(x, prev_h, np.ones((3, 12)), np.zeros((4, 12)), np.zeros(12))
+    >>> bool(np.all(next_h == 0.5))
+    True
+    """
+    b_hn = np.zeros_like(b[: prev_h.shape[1]]) if b_hn is None else b_hn
+    x_r, x_z, x_n = np.split(x @ Wx + b, 3, axis=1)
+    h_r, h_z, h_n = np.split(prev_h @ Wh, 3, axis=1)
+    h_n = h_n + b_hn
+    r = sigmoid(x_r + h_r)
+    z = sigmoid(x_z + h_z)
+    n = np.tanh(x_n + r * h_n)
+    next_h = (1 - z) * n + z * prev_h
+    return next_h, (x, prev_h, Wx, Wh, r, z, n, h_n)
+
+
+def gru_step_backward(dnext_h: np.ndarray, cache: tuple) -> tuple[np.ndarray, ...]:
+    """Gradients of one step, from the gradient of next_h (N, H).
+
+    Returns dx (N, D), dprev_h (N, H), dWx (D, 3H), dWh (H, 3H), db (3H,), db_hn (H,).
+
+    >>> x, prev_h = np.zeros((2, 3)), np.ones((2, 4))
+    >>> _, cache = gru_step_forward(x, prev_h, np.ones((3, 12)), np.zeros((4, 12)), np.zeros(12))
+    >>> dx, dprev_h, dWx, dWh, db, db_hn = gru_step_backward(np.ones((2, 4)), cache)
+    >>> db_hn
+    array([0.5, 0.5, 0.5, 0.5])
+    """
+    x, prev_h, Wx, Wh, r, z, n, h_n = cache
+    da_n = dnext_h * (1 - z) * (1 - n * n)
+    da_z = dnext_h * (prev_h - n) * z * (1 - z)
+    da_r = da_n * h_n * r * (1 - r)
+    # The n gate's input term and recurrent term differ by the factor r; those of r and z are the same sum.
+    da_x = np.concatenate([da_r, da_z, da_n], axis=1)
+    da_h = np.concatenate([da_r, da_z, da_n * r], axis=1)
+    dprev_h = dnext_h * z + da_h @ Wh.T
+    return da_x @ Wx.T, dprev_h, x.T @ da_x, prev_h.T @ da_h, da_x.sum(axis=0), (da_n * r).sum(axis=0)
+
+
+def gru_forward(
+    x: np.ndarray,
+    h0: np.ndarray,
+    Wx: np.ndarray,
+    Wh: np.ndarray,
+    b: np.ndarray,
+    b_hn: np.ndarray | None = None,
+    *,
+    lengths: np.ndarray | None = None,
+    reset: np.ndarray | None = None,
+    reverse: bool = False,
+    return_states: bool = False,
+) -> tuple:
+    """A GRU over a whole sequence.
+
+    x (N, T, D), h0 (N, H), Wx (D, 3H), Wh (H, 3H), b (3H,), b_hn (H,), zeros if None. Returns h (N, T, H) and the
+    cache for `gru_backward`; with return_states=True: h, h_n, cache, where h_n (N, H) is the state after the last step
+    that a row runs.
+
+    lengths (N,): steps beyond a row's length output 0, keep the state, and their x is not looked at.
+    reset (N, T) bool: True marks the first step of a segment, the state is zero before it.
+    reverse: every row runs from its last valid step to its first, cut at the same places.
+    See `schedule` for the details and the errors.
+
+    >>> x, h0, Wx, Wh, b = np.ones((2, 5, 3)), np.zeros((2, 4)), np.ones((3, 12)), np.ones((4, 12)), np.zeros(12)
+    >>> h, cache = gru_forward(x, h0, Wx, Wh, b)
+    >>> h.shape
+    (2, 5, 4)
+    >>> reset = np.zeros((2, 5), dtype=bool)
+    >>> reset[:, 3] = True
+    >>> h, h_n, cache = gru_forward(x, h0, Wx, Wh, b, reset=reset, return_states=True)
+    >>> bool(np.all(h[:, 3] == h[:, 0])), bool(np.all(h_n == h[:, 4]))
+    (True, True)
+    """
+    N, T, _ = x.shape
+    b_hn = np.zeros_like(b[: h0.shape[1]]) if b_hn is None else b_hn
+    steps = schedule(N, T, lengths, reset, reverse)
+    h = np.zeros((N, T, h0.shape[1]), dtype=np.result_type(x, h0, Wx, Wh, b, b_hn))
+    state, caches = h0, []
+    for t, active, cut in steps:
+        state = np.where(cut, 0, state)
+        next_h, cache = gru_step_forward(np.where(active, x[:, t], 0), state, Wx, Wh, b, b_hn)
+        state = np.where(active, next_h, state)
+        h[:, t] = np.where(active, next_h, 0)
+        caches.append(cache)
+    cache = steps, caches, x, h0, Wx, Wh, b, b_hn
+    return (h, state, cache) if return_states else (h, cache)
+
+
+def gru_backward(dh: np.ndarray, cache: tuple, dh_n: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+    """Gradients of a whole sequence, from the gradients of h (N, T, H) and, if given, of h_n (N, H).
+
+    Returns dx (N, T, D), dh0 (N, H), dWx (D, 3H), dWh (H, 3H), db (3H,), db_hn (H,). Nothing passes across a cut; dx is
+    0 and dh is not looked at beyond a row's length.
+
+    >>> x, h0, Wx, Wh, b = np.ones((2, 5, 3)), np.zeros((2, 4)), np.ones((3, 12)), np.ones((4, 12)), np.zeros(12)
+    >>> h, cache = gru_forward(x, h0, Wx, Wh, b)
+    >>> dx, dh0, dWx, dWh, db, db_hn = gru_backward(np.ones_like(h), cache)
+    >>> [d.shape for d in (dx, dh0, dWx, dWh, db, db_hn)]
+    [(2, 5, 3), (2, 4), (3, 12), (4, 12), (12,), (4,)]
+    """
+    steps, caches, x, h0, Wx, Wh, b, b_hn = cache
+    dx, dWx, dWh, db, db_hn = (np.zeros_like(a) for a in (x, Wx, Wh, b, b_hn))
+    dstate = np.zeros_like(h0) if dh_n is None else dh_n
+    for (t, active, cut), step_cache in zip(reversed(steps), reversed(caches), strict=True):
+        dnext_h = np.where(active, dh[:, t] + dstate, 0)
+        dx[:, t], dprev_h, dWx_t, dWh_t, db_t, db_hn_t = gru_step_backward(dnext_h, step_cache)
+        dstate = np.where(cut, 0, np.where(active, dprev_h, dstate))
+        dWx += dWx_t
+        dWh += dWh_t
+        db += db_t
+        db_hn += db_hn_t
+    return dx, dstate, dWx, dWh, db, db_hn

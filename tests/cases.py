@@ -1,0 +1,151 @@
+"""What is tested and how exactly: shapes, variants, random inputs, tolerances. The benchmarks use the same shapes.
+
+Arrays are NumPy's, in torch's layouts: T steps, B rows, I inputs, H units, G gates.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from fastseq.reference import EPS, error_rule
+
+__all__ = [
+    "CELLS",
+    "EPS",
+    "LONG_SHAPES",
+    "SHAPES",
+    "SMALL_SHAPES",
+    "TOLERANCES",
+    "VARIANTS",
+    "Shape",
+    "Tolerance",
+    "Variant",
+    "assert_close",
+    "error_rule",
+    "random_inputs",
+    "random_lengths",
+    "random_reset",
+]
+
+CELLS = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}  # and their numbers of gates
+
+
+class Shape(NamedTuple):
+    """Sizes of one recurrent layer."""
+
+    B: int
+    T: int
+    I: int  # noqa: E741  the house's letter for the input size
+    H: int
+
+    @property
+    def id(self) -> str:
+        return f"B{self.B}-T{self.T}-I{self.I}-H{self.H}"
+
+
+SMALL_SHAPES = (Shape(1, 1, 1, 1), Shape(1, 7, 7, 1), Shape(7, 1, 1, 7), Shape(4, 6, 2, 8), Shape(7, 7, 5, 9))
+
+SHAPES = (
+    *SMALL_SHAPES,
+    Shape(1, 7, 63, 65),
+    Shape(7, 1, 65, 63),
+    Shape(63, 7, 1, 129),
+    Shape(65, 3, 129, 7),
+    Shape(129, 2, 63, 65),
+    Shape(1, 65, 129, 63),
+    Shape(7, 63, 65, 129),
+    Shape(1, 16, 128, 128),
+    Shape(8, 16, 64, 64),
+    Shape(32, 8, 128, 64),
+    # More than one block of 256 in the sums over I and over H.
+    Shape(1, 3, 257, 300),
+    Shape(7, 3, 513, 257),
+    Shape(16, 2, 256, 512),
+)
+
+LONG_SHAPES = (Shape(1, 2000, 7, 65), Shape(8, 2000, 63, 64))
+
+
+class Variant(NamedTuple):
+    """Which of the options of a sequence a case uses."""
+
+    lengths: bool = False
+    reset: bool = False
+    reverse: bool = False
+
+    @property
+    def id(self) -> str:
+        return "-".join(name for name, used in zip(self._fields, self, strict=True) if used) or "plain"
+
+
+VARIANTS = tuple(Variant(lengths, reset, reverse) for lengths in (0, 1) for reset in (0, 1) for reverse in (0, 1))
+
+
+class Tolerance(NamedTuple):
+    """|result - expected| <= atol + rtol |expected|, as in numpy.testing.assert_allclose."""
+
+    rtol: float
+    atol: float
+
+
+TOLERANCES = {
+    "float32": Tolerance(rtol=1e-5, atol=1e-5),
+    # Two computations in float64 that sum in different orders.
+    "float64": Tolerance(rtol=1e-11, atol=1e-12),
+    # Central differences in float64 with a step of 1e-5: the step's square, and eps over the step.
+    "finite difference": Tolerance(rtol=1e-7, atol=1e-8),
+}
+
+
+def assert_close(result: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: str = "float64") -> None:
+    """Both have the same names, and every array agrees within the row `tolerance` of the table."""
+    assert result.keys() == expected.keys()
+    rtol, atol = TOLERANCES[tolerance]
+    for name in expected:
+        np.testing.assert_allclose(result[name], expected[name], rtol=rtol, atol=atol, err_msg=str(name))
+
+
+def random_inputs(cell: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarray]:
+    """The inputs of one layer in float64: x, h_0, c_0, the weights as torch initializes them, and the gradients of all
+    outputs. To test another dtype, round these to it first, then give the rounded values to everyone.
+    """
+    B, T, I, H = shape  # noqa: E741
+    rng = np.random.default_rng([seed, *shape])
+    k = H**-0.5
+    inputs = {
+        "x": rng.standard_normal((T, B, I)),
+        "h_0": rng.standard_normal((B, H)),
+        "w_ih": rng.uniform(-k, k, (CELLS[cell] * H, I)),
+        "w_hh": rng.uniform(-k, k, (CELLS[cell] * H, H)),
+        "b_ih": rng.uniform(-k, k, CELLS[cell] * H),
+        "b_hh": rng.uniform(-k, k, CELLS[cell] * H),
+        "dy": rng.standard_normal((T, B, H)),
+        "dh_n": rng.standard_normal((B, H)),
+    }
+    if cell == "lstm":
+        inputs |= {
+            "c_0": rng.standard_normal((B, H)),
+            "dc_n": rng.standard_normal((B, H)),
+            "dc_all": rng.standard_normal((T, B, H)),
+        }
+    return inputs
+
+
+def random_lengths(shape: Shape, seed: int = 0, shortest: int = 0) -> np.ndarray:
+    """Lengths (B,) in [shortest, T], unsorted; both ends occur where there are rows enough."""
+    rng = np.random.default_rng([seed, *shape])
+    lengths = rng.integers(shortest, shape.T, shape.B, endpoint=True)
+    lengths[0] = shape.T
+    if shape.B > 2:
+        lengths[1] = shortest
+    return lengths
+
+
+def random_reset(shape: Shape, seed: int = 0) -> np.ndarray:
+    """A reset mask (T, B): a quarter of the places, the first step of the last row among them."""
+    rng = np.random.default_rng([seed, *shape])
+    reset = rng.random((shape.T, shape.B)) < 0.25
+    reset[0, -1] = True
+    return reset
