@@ -5,51 +5,16 @@ import itertools
 import loop
 import pytest
 import torch
-from cases import TOLERANCES
-from routes import route  # noqa: F401
+from models import MODULES, assert_close, flat, gradients, make, random_hx
 
 import fastseq
 
-MODULES = {
-    "rnn_tanh": fastseq.RNN,
-    "rnn_relu": lambda *args, **kwargs: fastseq.RNN(*args, nonlinearity="relu", **kwargs),
-    "lstm": fastseq.LSTM,
-    "gru": fastseq.GRU,
-}
-
-
-def assert_close(result, expected, tolerance="float64"):
-    rtol, atol = TOLERANCES[tolerance]
-    torch.testing.assert_close(result, expected, rtol=rtol, atol=atol)
-
-
-def make(cell, *args, **kwargs):
-    torch.manual_seed(0)
-    return MODULES[cell](*args, dtype=torch.float64, **kwargs)
-
-
-def random_hx(rnn, batch, requires_grad=False):
-    places = rnn.num_layers * (2 if rnn.bidirectional else 1)
-    states = [
-        torch.randn(places, batch, rnn.hidden_size, dtype=torch.float64, requires_grad=requires_grad) for _ in range(2)
-    ]
-    return tuple(states) if rnn.mode == "LSTM" else states[0]
-
-
-def flat(result):
-    """All tensors of a forward's result, in order."""
-    return [t for part in result for t in ((part,) if isinstance(part, torch.Tensor) else part)]
+pytestmark = pytest.mark.usefixtures("route")
 
 
 def expected(rnn, x, hx, lengths=None, reset=None):
     y, h_n, c_n, h, c = loop.module(rnn, x, hx, lengths, reset)
     return [t for t in (y, h_n, c_n, h, c) if t is not None]
-
-
-def gradients(outputs, inputs):
-    torch.manual_seed(1)
-    loss = sum((o * torch.randn(o.shape, dtype=o.dtype)).sum() for o in outputs)
-    return torch.autograd.grad(loss + sum(0 * i.sum() for i in inputs), inputs)  # so that each has a gradient
 
 
 CASES = list(itertools.product([1, 2], [False, True], [None, [3, 7, 0, 5, 1], [0, 0, 0, 0, 0], [7] * 5], [False, True]))

@@ -88,10 +88,14 @@ class SequenceModule(PacksWeights):
             return self._mistake(input, hx, beyond_torch)
         if not packed:
             checks.check_steps(data, self._steps(data))
-        if route is Route.KERNELS and (self.proj_size or not data.numel()):
+        if route in (Route.KERNELS, Route.GRAPH) and (self.proj_size or not data.numel()):
             route = Route.TORCH
+        if support.is_compiling() and (packed or route is Route.TORCH) and not torch.compiler.is_exporting():
+            # Outside the graph, as torch runs its own classes.
+            forward = torch.compiler.disable(type(self).forward)
+            return forward(self, input, hx, lengths=lengths, reset=reset, return_states=return_states)
         if not beyond_torch and (route is Route.TORCH or (packed and route is not Route.KERNELS)):
-            return self._torch_forward(input, hx)
+            return self._torch_class.forward(self, input, hx)
         run = _Run(
             weights,
             packed_rows(input.batch_sizes) if packed else None,
@@ -106,13 +110,6 @@ class SequenceModule(PacksWeights):
         if packed:
             return self._forward_packed(input, states, run)
         return self._forward_padded(data, states, lengths, reset, run)
-
-    def _torch_forward(self, input: Any, hx: Any) -> tuple:
-        """torch's own forward. It runs outside the graphs of torch.compile, as it does for torch's own classes."""
-        forward = self._torch_class.forward
-        if support.is_compiling() and not torch.compiler.is_exporting():
-            forward = torch.compiler.disable(forward)
-        return forward(self, input, hx)
 
     def _mistake(self, input: Any, hx: Any, beyond_torch: bool) -> tuple:
         """Lets torch name what is wrong with the arguments."""

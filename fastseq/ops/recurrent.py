@@ -67,8 +67,12 @@ def run_sequence(
         checks.check_reset(reset, (steps, batch), input.device)
     rows = None if lengths is None else padded_rows(lengths, steps, batch, input.device)
     route, backend = support.route((input, *weights), (h_0, c_0))
-    if batch == 0 and route is Route.KERNELS:
+    if input.numel() == 0 and route in (Route.KERNELS, Route.GRAPH):
         route = Route.TORCH
+    if support.is_compiling() and route is Route.TORCH and not torch.compiler.is_exporting():
+        # Outside the graph, as torch runs its own recurrent modules.
+        options = {"lengths": lengths, "reset": reset, "reverse": reverse, "return_states": return_states}
+        return torch.compiler.disable(run_sequence)(cell, input, h_0, c_0, weights, **options)
     call = Layer(
         cell,
         (bool(reverse),),
