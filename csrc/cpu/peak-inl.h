@@ -31,10 +31,11 @@ double fma_rate(double seconds) {
       acc[j] = factor;
       asm volatile("" : "+x"(acc[j].raw));
     }
-    for (int64_t k = 0; k < kRepeats; ++k)
-      FASTSEQ_UNROLL for (int j = 0; j < kChains; ++j) {
-        if constexpr (kPairs) acc[j] = fma_pairs((Words)factor.raw, (Words)factor.raw, acc[j]);
-        else acc[j] = fma(acc[j], factor, factor);
+    for (int64_t k = 0; k < kRepeats; ++k) FASTSEQ_UNROLL for (int j = 0; j < kChains; ++j) {
+        if constexpr (kPairs)
+          acc[j] = fma_pairs((Words)factor.raw, (Words)factor.raw, acc[j]);
+        else
+          acc[j] = fma(acc[j], factor, factor);
       }
     FASTSEQ_UNROLL for (int j = 0; j < kChains; ++j) asm volatile("" : : "x"(acc[j].raw));
     elapsed = seconds_now() - start;
