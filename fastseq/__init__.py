@@ -1,5 +1,33 @@
-"""Fused RNN, LSTM and GRU kernels behind torch.nn's own interface."""
+"""Fused recurrent kernels for PyTorch on the CPU: drop-in modules, functions and `fuse` for models that exist
+already."""
 
-import torch  # noqa: F401  first, so that the kernels find its OpenMP pool already loaded
+import torch  # noqa: F401  first: its OpenMP library must be the one that the kernels find
+
+from fastseq import compat, ops
+from fastseq.fuse import freeze, fuse, fuse_report, unfreeze, unfuse
+from fastseq.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fastseq.ops import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "compat",
+    "freeze",
+    "fuse",
+    "fuse_report",
+    "gru",
+    "gru_cell",
+    "lstm",
+    "lstm_cell",
+    "ops",
+    "rnn",
+    "rnn_cell",
+    "unfreeze",
+    "unfuse",
+]

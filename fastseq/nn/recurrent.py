@@ -1,0 +1,398 @@
+"""What the sequence modules share, and what the cells share. Mixed into torch's classes, here and in fastseq.compat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from fastseq.nn.packed_weights import PackedWeights
+from fastseq.ops import checks, composite, support
+from fastseq.ops.cell import Cell, Direction, Layer
+from fastseq.ops.kernel_calls import contiguous, unit_stride
+from fastseq.ops.lengths import Rows, packed_rows, padded_rows
+from fastseq.ops.recurrent import needs_grad, run_layer, run_step
+from fastseq.ops.support import Route
+
+States = tuple[Tensor | None, Tensor | None]  # h and c; c is None but for LSTM
+
+
+class PacksWeights:
+    """A module that keeps packed weights for inference. They are no part of its state, its copies or its pickles."""
+
+    def _packed_weights(self) -> PackedWeights:
+        packed = self.__dict__.get("_fastseq_packed")
+        return self.__dict__.setdefault("_fastseq_packed", PackedWeights()) if packed is None else packed
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(super().__getstate__())
+        state.pop("_fastseq_packed", None)
+        return state
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        self._packed_weights().clear()  # .to() and its kin give parameters new memory behind the same identity
+        return super()._apply(fn, recurse)
+
+
+class _Run(NamedTuple):
+    """One call, as its layers see it."""
+
+    weights: list[Direction]  # per layer and direction
+    rows: Rows | None
+    reset: Tensor | None
+    return_states: bool
+    float_state: bool
+    batch_first: bool
+    route: Route
+    backend: ModuleType | None
+    keeps_panels: bool
+
+
+class SequenceModule(PacksWeights):
+    """forward() and step() of RNN, LSTM and GRU. Parameters, checks and state are those of the torch class mixed
+    with."""
+
+    _torch_class: ClassVar[type[nn.RNNBase]]
+
+    @property
+    def _cell(self) -> Cell:
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | None = None,
+        return_states: bool = False,
+    ) -> tuple:
+        """A whole sequence: see the class."""
+        packed = isinstance(input, PackedSequence)
+        if packed:
+            checks.check_not_packed(lengths=lengths, reset=reset)
+        beyond_torch = lengths is not None or reset is not None or return_states
+        data = input.data if packed else input
+        weights, states = self._weights(), self._states(hx)
+        fits = self._fits(data, input.batch_sizes if packed else None, states, weights)
+        if fits:
+            tensors = [w for direction in weights for w in direction]
+            route, backend = support.route((data, *tensors, *states))
+            fits = route is Route.KERNELS or checks.alike(data, tensors, states)
+        if not fits:
+            return self._mistake(input, hx, beyond_torch)
+        if not packed:
+            checks.check_steps(data, self._steps(data))
+        if route in (Route.KERNELS, Route.GRAPH) and (self.proj_size or not data.numel()):
+            route = Route.TORCH
+        if support.is_compiling() and (packed or route is Route.TORCH) and not torch.compiler.is_exporting():
+            # Outside the graph, as torch runs its own classes.
+            forward = torch.compiler.disable(type(self).forward)
+            return forward(self, input, hx, lengths=lengths, reset=reset, return_states=return_states)
+        if not beyond_torch and (route is Route.TORCH or (packed and route is not Route.KERNELS)):
+            return self._torch_class.forward(self, input, hx)
+        run = _Run(
+            weights,
+            packed_rows(input.batch_sizes) if packed else None,
+            None,
+            return_states,
+            False,
+            self.batch_first and not packed,
+            route,
+            backend,
+            route is Route.KERNELS and not needs_grad(data, *tensors, *states),
+        )
+        if packed:
+            return self._forward_packed(input, states, run)
+        return self._forward_padded(data, states, lengths, reset, run)
+
+    def _mistake(self, input: Any, hx: Any, beyond_torch: bool) -> tuple:
+        """Lets torch name what is wrong with the arguments."""
+        if isinstance(input, PackedSequence) and hx is not None and self._states(hx) is not None:
+            self.check_forward_args(input.data, hx, input.batch_sizes)  # torch's LSTM leaves it out
+        result = self._torch_class.forward(self, input, hx)
+        if beyond_torch:
+            raise RuntimeError(f"{self._cell.mode}: the arguments do not fit the module")
+        return result
+
+    def _forward_padded(
+        self, data: Tensor, states: States, lengths: Tensor | Sequence[int] | None, reset: Tensor | None, run: _Run
+    ) -> tuple:
+        unbatched = data.dim() == 2
+        if reset is not None:
+            checks.check_reset(reset, tuple(data.shape[:-1]), data.device)
+        if unbatched:
+            x, reset = data.unsqueeze(1), None if reset is None else reset.unsqueeze(1)
+            states = tuple(None if s is None else s.unsqueeze(1) for s in states)
+        elif self.batch_first:
+            x, reset = data.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
+        else:
+            x = data
+        rows = None if lengths is None else padded_rows(lengths, x.shape[0], x.shape[1], x.device)
+        y, states, all_states = self._layers(x, states, run._replace(rows=rows, reset=reset))
+        if self.batch_first:
+            y = y.transpose(0, 1)
+            all_states = tuple(None if s is None else s.movedim(2, 0) for s in all_states)
+        if unbatched:
+            y = y.squeeze(0 if self.batch_first else 1)
+            states = tuple(None if s is None else s.squeeze(1) for s in states)
+            all_states = tuple(None if s is None else s.squeeze(0 if self.batch_first else 2) for s in all_states)
+        result = (y, self._hx(states))
+        return (*result, self._hx(all_states)) if run.return_states else result
+
+    def _forward_packed(self, input: PackedSequence, states: States, run: _Run) -> tuple:
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        if sorted_indices is not None:
+            states = tuple(None if s is None else s.index_select(1, sorted_indices) for s in states)
+
+        def padded(packed: Tensor | None) -> Tensor | None:  # (R, L*D, H) -> (T, L*D, B, H)
+            if packed is None:
+                return None
+            sequence = PackedSequence(packed, batch_sizes, sorted_indices, unsorted_indices)
+            sequence, _ = pad_packed_sequence(sequence, batch_first=self.batch_first)
+            return sequence if self.batch_first else sequence.transpose(1, 2)
+
+        y, states, all_states = self._layers(data, states, run)
+        if unsorted_indices is not None:
+            states = tuple(None if s is None else s.index_select(1, unsorted_indices) for s in states)
+        result = (PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), self._hx(states))
+        return (*result, self._hx(tuple(map(padded, all_states)))) if run.return_states else result
+
+    def _layers(self, x: Tensor, states: States, run: _Run) -> tuple[Tensor, States, States]:
+        """The output, the last states (L*D, B, H) and, if asked for, all states: (T, L*D, B, H), packed (R, L*D, H)."""
+        cell, directions = self._cell, 2 if self.bidirectional else 1
+        last, everything = [], []
+        for layer in range(self.num_layers):
+            places = range(layer * directions, (layer + 1) * directions)
+            weights = [run.weights[place] for place in places]
+            panels = None
+            if run.keeps_panels:
+                keep = self._packed_weights()
+                panels = tuple(keep.panels(run.backend, cell.name, place, run.weights[place]) for place in places)
+            call = Layer(
+                cell,
+                (False, True)[:directions],
+                run.rows,
+                run.reset,
+                run.return_states and cell.has_c,
+                run.float_state,
+                run.batch_first and layer == self.num_layers - 1,
+                panels,
+            )
+            h_0, c_0 = (None if s is None else s[places.start : places.stop] for s in states)
+            x, h_n, c_n, c_all = run_layer(call, x, h_0, c_0, weights, run.route, run.backend)
+            last.append((h_n, c_n))
+            if run.return_states:
+                everything.append((_by_direction(x, directions), _by_direction(c_all, directions)))
+            if self.dropout and layer < self.num_layers - 1:
+                x = F.dropout(x, self.dropout, self.training)
+        join = torch.cat if self.num_layers > 1 else lambda tensors, _: tensors[0]
+        states = tuple(None if s[0] is None else join(s, 0) for s in zip(*last, strict=True))
+        if not run.return_states:
+            return x, states, (None, None)
+        # cat even of one: no result shares memory with another
+        return x, states, tuple(None if s[0] is None else torch.cat(s, 1) for s in zip(*everything, strict=True))
+
+    def step(self, x_t: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """One step with the same weights: what `forward` does for T = 1, for streams that come step by step.
+
+        Args:
+            x_t: (B, input_size), or (input_size) unbatched.
+            state: as `hx` of `forward`: (L, B, H), for LSTM a pair of them, without the B axis if unbatched; None for
+                zeros. Of a bfloat16 module it may be bfloat16 or float32.
+
+        Returns:
+            The output (B, H) and the state after the step, to be passed to the next. The state of a bfloat16 module is
+            float32: with it, steps give bitwise what the whole sequence gives.
+
+        Raises:
+            RuntimeError: the module is bidirectional; sizes, dtypes or devices do not fit.
+            ValueError: `x_t` is neither 1-D nor 2-D.
+
+        Example:
+            >>> import torch, fastseq
+            >>> gru, state = fastseq.GRU(3, 4), None
+            >>> for x_t in torch.randn(7, 2, 3):
+            ...     output, state = gru.step(x_t, state)
+            >>> output.shape, state.shape
+            (torch.Size([2, 4]), torch.Size([1, 2, 4]))
+        """
+        name = self._cell.mode
+        if self.bidirectional:
+            raise RuntimeError(f"step: a bidirectional {name} has no single step, as one direction starts at the end")
+        checks.check_tensor("x_t", x_t)
+        if x_t.dim() not in (1, 2):
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {x_t.dim()}D instead")
+        unbatched = x_t.dim() == 1
+        weights, states = self._weights(), self._states(state)
+        if states is None:
+            raise RuntimeError(f"step: state must be what {name} returns as h_n, got {type(state).__name__}")
+        if unbatched:
+            x_t = x_t.unsqueeze(0)
+            states = tuple(None if s is None else s.unsqueeze(1) for s in states)
+        x = x_t.unsqueeze(0)
+        self.check_input(x, None)
+        checks.check_state_sizes(states, self._state_sizes(x.shape[1]))
+        tensors = [w for direction in weights for w in direction]
+        route, backend = support.route((x, *tensors), states)
+        if route is Route.KERNELS and (self.proj_size or not x.numel()):
+            route = Route.TORCH
+        float_state = x.dtype is torch.bfloat16
+        checks.check_states(x, states, or_float32=float_state)
+        if float_state:
+            states = tuple(None if s is None else s.float() for s in states)
+        if route is Route.KERNELS and not needs_grad(x, *tensors, *states):
+            y, states = self._step_layers(x[0], states, weights, float_state, backend)
+        else:
+            run = _Run(weights, None, None, False, float_state, False, route, backend, False)
+            y, states, _ = self._layers(x, states, run)
+            y = y.squeeze(0)
+        if unbatched:
+            return y.squeeze(0), self._hx(tuple(None if s is None else s.squeeze(1) for s in states))
+        return y, self._hx(states)
+
+    def _step_layers(
+        self, x: Tensor, states: States, weights: list[Direction], float_state: bool, backend: ModuleType
+    ) -> tuple[Tensor, States]:
+        """`_layers` for one step and one direction without gradients: the shortest way to the kernels."""
+        cell, keep, threads = self._cell, self._packed_weights(), torch.get_num_threads()
+        last = []
+        for layer, direction in enumerate(weights):
+            h, c = (None if s is None else unit_stride(s[layer]) for s in states)
+            panels = keep.panels(backend, cell.name, layer, direction) if keep.frozen else None
+            w_ih, w_hh, b_ih, b_hh = map(contiguous, direction)
+            x, h, c, _ = backend.recurrent_step(
+                cell.name, unit_stride(x), h, c, w_ih, w_hh, b_ih, b_hh, threads, False, panels, float_state
+            )
+            last.append((h, c))
+            if self.dropout and layer < self.num_layers - 1:
+                x = F.dropout(x, self.dropout, self.training)
+        # stack: the state must not share memory with the output
+        return x, tuple(None if s[0] is None else torch.stack(s) for s in zip(*last, strict=True))
+
+    # ---- arguments
+
+    def _weights(self) -> list[Direction] | None:
+        """Per layer and direction (w_ih, w_hh, b_ih, b_hh[, w_hr]); None if one is missing.
+
+        By name, as `_flat_weights` may be stale here: functional_call and old weight_norm swap weights unseen.
+        """
+        named = self._parameters
+        weights = []
+        for names in self._all_weights:
+            direction = [named[name] if name in named else getattr(self, name, None) for name in names]
+            if any(w is None for w in direction):
+                return None
+            if not self.bias:
+                direction[2:2] = (None, None)
+            weights.append(tuple(direction))
+        return weights
+
+    def _states(self, hx: Any) -> States | None:
+        """(h_0, c_0) out of hx, None where hx has another form."""
+        if hx is None:
+            return None, None
+        return (hx, None) if isinstance(hx, Tensor) else None
+
+    def _hx(self, states: States) -> Any:
+        return states[0]
+
+    def _state_sizes(self, batch: int) -> tuple[tuple[int, int, int], ...]:
+        places = self.num_layers * (2 if self.bidirectional else 1)
+        return (places, batch, self.proj_size or self.hidden_size), (places, batch, self.hidden_size)
+
+    def _steps(self, data: Tensor) -> int:
+        return data.shape[1 if self.batch_first and data.dim() == 3 else 0]
+
+    def _fits(
+        self, data: object, batch_sizes: Tensor | None, states: States | None, weights: list[Direction] | None
+    ) -> bool:
+        """True where every shape is as it should be."""
+        if not isinstance(data, Tensor) or states is None or weights is None:
+            return False
+        unbatched = batch_sizes is None and data.dim() == 2
+        if data.dim() != (3 if batch_sizes is None else 2) and not unbatched:
+            return False
+        if data.shape[-1] != self.input_size:
+            return False
+        if batch_sizes is not None:
+            batch = int(batch_sizes[0])
+        else:
+            batch = 1 if unbatched else data.shape[0 if self.batch_first else 1]
+        for state, size in zip(states, self._state_sizes(batch), strict=True):
+            if state is not None and state.shape != ((size[0], size[2]) if unbatched else size):
+                return False
+        gates, hidden = self._cell.gates * self.hidden_size, self.proj_size or self.hidden_size
+        directions = 2 if self.bidirectional else 1
+        for place, (w_ih, w_hh, b_ih, b_hh, *_) in enumerate(weights):
+            inputs = self.input_size if place < directions else hidden * directions
+            if w_ih.shape != (gates, inputs) or w_hh.shape != (gates, hidden):
+                return False
+            if b_ih is not None and not b_ih.shape == b_hh.shape == (gates,):
+                return False
+        return True
+
+
+class PairedStates:
+    """hx as (h, c): the LSTM's part of SequenceModule."""
+
+    def _states(self, hx: Any) -> States | None:
+        if hx is None:
+            return None, None
+        pair = isinstance(hx, tuple | list) and len(hx) == 2 and all(isinstance(s, Tensor) for s in hx)
+        return tuple(hx) if pair else None
+
+    def _hx(self, states: States) -> Any:
+        return states
+
+
+def _by_direction(sequence: Tensor | None, directions: int) -> Tensor | None:
+    """(T, B, D*H) -> (T, D, B, H), packed (R, D*H) -> (R, D, H)."""
+    if sequence is None:
+        return None
+    sequence = sequence.unflatten(-1, (directions, -1))
+    return sequence.transpose(1, 2) if sequence.dim() == 4 else sequence
+
+
+class CellModule(PacksWeights):
+    """What RNNCell, LSTMCell and GRUCell share."""
+
+    def _step(
+        self, cell: Cell, input: Tensor, h: Tensor | None, c: Tensor | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """h' and c', or None where torch's own forward has to compute them or to name the mistake."""
+        named = self._parameters
+        try:  # four attribute look-ups on a Module cost as much as the step itself
+            weights = named["weight_ih"], named["weight_hh"], named["bias_ih"], named["bias_hh"]
+        except KeyError:  # parametrized, pruned, replicated
+            weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        dim = input.dim()
+        if dim == 1:
+            return self._unbatched_step(cell, input, h, c)
+        packed, panels = self.__dict__.get("_fastseq_packed"), None
+        if packed is not None and packed.frozen and not support.is_compiling():
+            panels = self._frozen_panels(packed, cell, input, weights)
+        result = run_step(cell, input, h, c, weights, panels)
+        if result is None and support.transformed() and dim == 2:
+            return composite.step(cell, input, h, c, weights)
+        return result
+
+    def _unbatched_step(
+        self, cell: Cell, input: Tensor, h: Tensor | None, c: Tensor | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        if any(s is not None and s.dim() != 1 for s in (h, c)):
+            return None
+        h, c = (None if s is None else s.unsqueeze(0) for s in (h, c))
+        result = self._step(cell, input.unsqueeze(0), h, c)
+        return None if result is None else tuple(None if s is None else s.squeeze(0) for s in result)
+
+    def _frozen_panels(self, packed: PackedWeights, cell: Cell, input: Tensor, weights: Direction) -> Any:
+        route, backend = support.route((input, *weights))
+        if route is Route.KERNELS and not needs_grad(input, *weights):
+            return packed.panels(backend, cell.name, 0, weights)
+        return None

@@ -1,0 +1,122 @@
+"""RNN and RNNCell as drop-in modules."""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from fastseq.nn.recurrent import CellModule, SequenceModule
+from fastseq.ops import checks
+from fastseq.ops.cell import Cell
+from fastseq.ops.rnn import RELU, TANH, rnn_of
+
+
+class RNNSequences(SequenceModule):
+    """The vanilla RNN's forward and step, for `fastseq.RNN` and `fastseq.compat.RNN`."""
+
+    _torch_class = nn.RNN
+
+    @property
+    def _cell(self) -> Cell:
+        return TANH if self.mode == "RNN_TANH" else RELU
+
+
+class RNN(RNNSequences, nn.RNNBase):
+    """A drop-in `torch.nn.RNN`: same arguments, parameters, initialization, state_dict, shapes and errors.
+
+    Beyond torch, at call time:
+
+    Args:
+        input: (T, B, I), (B, T, I) with batch_first, (T, I) unbatched, or a PackedSequence.
+        hx: (L*D, B, H), without B if unbatched; None for zeros.
+        lengths: B integers in [0, T], in any order, as a list or a tensor on any device. The output is 0 from there on;
+            h_n is the state after the last step of each sequence (h_0 for a length of 0). No sorting or packing is
+            needed.
+        reset: bool, (T, B) or as the first axes of the input lie. True marks the first step of a segment: the state is
+            zero before it, the reverse direction is cut at the same places, and no gradient passes a cut.
+        return_states: add a third result, all h as (T, L*D, B, H), or (B, T, L*D, H) with batch_first; zero at padding.
+
+    Returns:
+        output (T, B, D*H) and h_n (L*D, B, H).
+
+    `step(x_t, state)` runs one step with the same weights. Float32, float64 and bfloat16 on the CPU run in kernels;
+    everything else takes torch's own path (`fastseq info` prints the table). The class derives from `nn.RNNBase`, not
+    from `nn.RNN`, because torch.compile refuses every instance of the latter; `fastseq.compat.RNN` is the same with
+    `nn.RNN` as base.
+
+    Raises:
+        ValueError: the rank or the dtype of the input, lengths out of range, lengths or reset with a PackedSequence.
+        TypeError: lengths that are not integers, a reset that is not bool.
+        RuntimeError: sizes or devices that do not fit, T = 0.
+
+    Source: Elman, "Finding structure in time", 1990; https://pytorch.org/docs/stable/generated/torch.nn.RNN.html
+
+    Example:
+        >>> import torch, fastseq
+        >>> rnn = fastseq.RNN(3, 4, nonlinearity="relu")
+        >>> output, h_n, h = rnn(torch.randn(7, 2, 3), return_states=True)
+        >>> output.shape, h_n.shape, h.shape
+        (torch.Size([7, 2, 4]), torch.Size([1, 2, 4]), torch.Size([7, 1, 2, 4]))
+    """
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        checks.check_no_projection(kwargs)
+        if len(args) > 3:  # torch.nn.RNN alone has the nonlinearity in fourth place
+            *args, kwargs["nonlinearity"] = *args[:3], *args[4:], args[3]
+        nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        cell = rnn_of(nonlinearity)
+        self.nonlinearity = nonlinearity
+        super().__init__(cell.name.upper(), *args, **kwargs)
+
+
+class RNNCell(CellModule, nn.RNNCell):
+    """A drop-in `torch.nn.RNNCell`: same arguments, parameters, initialization, state_dict, shapes and errors.
+
+    Args:
+        input: (B, I) or (I).
+        hx: (B, H) or (H); None for zeros.
+
+    Returns:
+        h' (B, H) or (H).
+
+    Raises:
+        ValueError: an input or a state that is neither 1-D nor 2-D.
+        RuntimeError: sizes, dtypes or devices that do not fit; a nonlinearity that is neither "tanh" nor "relu".
+
+    Source: https://pytorch.org/docs/stable/generated/torch.nn.RNNCell.html
+
+    Example:
+        >>> import torch, fastseq
+        >>> cell, h = fastseq.RNNCell(3, 4), None
+        >>> for x in torch.randn(7, 2, 3):
+        ...     h = cell(x, h)
+        >>> h.shape
+        torch.Size([2, 4])
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """One step: see the class."""
+        result = None
+        if self.nonlinearity == "tanh" or self.nonlinearity == "relu":
+            result = self._step(TANH if self.nonlinearity == "tanh" else RELU, input, hx, None)
+        return nn.RNNCell.forward(self, input, hx) if result is None else result[0]

@@ -1,0 +1,25 @@
+"""Differentiable functions: the functional API and the autograd Functions behind it."""
+
+from fastseq.ops.cell import Cell, Layer
+from fastseq.ops.gru import GRU, gru, gru_cell
+from fastseq.ops.lstm import LSTM, lstm, lstm_cell
+from fastseq.ops.recurrent import RecurrentFunction, StepFunction
+from fastseq.ops.rnn import RELU, TANH, rnn, rnn_cell
+from fastseq.ops.support import SERVICE
+
+CELLS = {cell.name: cell for cell in (TANH, RELU, LSTM, GRU)}
+
+__all__ = [
+    "CELLS",
+    "SERVICE",
+    "Cell",
+    "Layer",
+    "RecurrentFunction",
+    "StepFunction",
+    "gru",
+    "gru_cell",
+    "lstm",
+    "lstm_cell",
+    "rnn",
+    "rnn_cell",
+]

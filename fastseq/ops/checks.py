@@ -1,0 +1,159 @@
+"""The error messages. Where torch has a text for the same mistake, ours begins with it; then comes what was given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastseq.ops import support
+
+if TYPE_CHECKING:
+    from fastseq.ops.cell import Cell, Direction
+
+
+def check_tensor(name: str, value: object) -> None:
+    """`value` must be a Tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+
+
+def check_steps(input: Tensor, steps: int) -> None:
+    """There must be a step."""
+    if steps == 0:
+        raise RuntimeError(
+            f"Expected sequence length to be larger than 0 in RNN, got input of shape {tuple(input.shape)}"
+        )
+
+
+def check_reset(reset: object, shape: tuple[int, ...], device: torch.device) -> None:
+    """`reset` must be bool and have `shape`, the first axes of the input."""
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"reset must be a bool Tensor, got {type(reset).__name__}")
+    if reset.dtype is not torch.bool:
+        raise TypeError(f"reset must be a bool Tensor, got dtype {reset.dtype}")
+    if tuple(reset.shape) != shape:
+        raise ValueError(f"reset must have the shape of the input's first axes, {shape}, got {tuple(reset.shape)}")
+    if reset.device != device:
+        raise RuntimeError(f"Input and reset tensors are not at the same device, found {device} and {reset.device}")
+
+
+def check_not_packed(**given: object) -> None:
+    """lengths and reset describe padded input; a PackedSequence has lengths of its own and no (T, B) layout."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} cannot be given with a PackedSequence")
+
+
+def check_state_pair(name: str, hx: object) -> tuple[Tensor, Tensor]:
+    """The (h, c) of an LSTM."""
+    if isinstance(hx, Tensor) or not isinstance(hx, tuple | list) or len(hx) != 2:
+        came = f"a sequence of {len(hx)}" if isinstance(hx, tuple | list) else type(hx).__name__
+        raise RuntimeError(f"{name} expects two hidden states, (h, c), got {came}")
+    h, c = hx
+    check_tensor("h", h)
+    check_tensor("c", c)
+    return h, c
+
+
+def check_state_sizes(states: Sequence[Tensor | None], sizes: Sequence[tuple[int, ...]]) -> None:
+    """Initial states of `step`: each must have its size."""
+    pair = all(state is not None for state in states)
+    for i, (state, size) in enumerate(zip(states, sizes, strict=True)):
+        if state is not None and tuple(state.shape) != size:
+            what = f"Expected hidden[{i}] size" if pair else "Expected hidden size"
+            raise RuntimeError(f"{what} {size}, got {list(state.shape)}")
+
+
+def alike(input: Tensor, weights: Sequence[Tensor | None], states: Sequence[Tensor | None]) -> bool:
+    """True where all have the dtype (but under autocast, which casts) and the device of the input."""
+    autocast = support.any_autocast()
+    return all(
+        (autocast or t.dtype is input.dtype) and t.device == input.device
+        for tensors in (weights, states)
+        for t in tensors
+        if t is not None
+    )
+
+
+def check_states(input: Tensor, states: Sequence[Tensor | None], or_float32: bool = False) -> None:
+    """Dtype and device of initial states, where torch's own op does not look at them."""
+    for state in states:
+        if state is None:
+            continue
+        if state.device != input.device:
+            raise RuntimeError(
+                "Input and hidden tensors are not at the same device, "
+                f"found input tensor at {input.device} and hidden tensor at {state.device}"
+            )
+        fits = state.dtype is input.dtype or (or_float32 and state.dtype is torch.float32)
+        if not fits and not support.any_autocast():
+            raise RuntimeError(
+                "Input and hidden tensors are not the same dtype, "
+                f"found input tensor with {input.dtype} and hidden tensor with {state.dtype}"
+            )
+
+
+def check_sequence(cell: Cell, input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Direction) -> None:
+    """The arguments of fastseq.rnn, lstm and gru."""
+    name = cell.mode
+    tensors = dict(zip(("w_ih", "w_hh", "b_ih", "b_hh"), weights, strict=True), h_0=h_0, c_0=c_0)
+    check_tensor("input", input)
+    for key, tensor in tensors.items():
+        if tensor is not None or key.startswith("w"):
+            check_tensor(key, tensor)
+    if input.dim() != 3:
+        raise ValueError(f"{name}: Expected input to be 3D, (T, B, I), got {input.dim()}D instead")
+    w_ih, w_hh, b_ih, b_hh = weights
+    if w_hh.dim() != 2 or w_hh.shape[0] != cell.gates * w_hh.shape[1]:
+        raise RuntimeError(f"w_hh must have shape ({cell.gates} * H, H), got {tuple(w_hh.shape)}")
+    hidden = w_hh.shape[1]
+    if w_ih.dim() != 2 or w_ih.shape[0] != cell.gates * hidden:
+        raise RuntimeError(f"w_ih must have shape ({cell.gates * hidden}, I), got {tuple(w_ih.shape)}")
+    if input.shape[2] != w_ih.shape[1]:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[1]}, got {input.shape[2]}"
+        )
+    if (b_ih is None) is not (b_hh is None):
+        raise ValueError(f"b_ih and b_hh must both be given or both be None, got {b_ih!r} and {b_hh!r}")
+    for key in ("b_ih", "b_hh"):
+        if tensors[key] is not None and tensors[key].shape != (cell.gates * hidden,):
+            raise RuntimeError(f"{key} must have shape ({cell.gates * hidden},), got {tuple(tensors[key].shape)}")
+    for key in ("h_0", "c_0"):
+        if tensors[key] is not None and tensors[key].shape != (input.shape[1], hidden):
+            raise RuntimeError(
+                f"Expected hidden size {(input.shape[1], hidden)}, got {list(tensors[key].shape)} for {key}"
+            )
+    for key, tensor in tensors.items():
+        if tensor is None:
+            continue
+        wide_state = key.endswith("_0") and (input.dtype, tensor.dtype) == (torch.bfloat16, torch.float32)
+        if tensor.dtype != input.dtype and not wide_state and not support.any_autocast():
+            raise ValueError(f"RNN input dtype ({input.dtype}) does not match {key} dtype ({tensor.dtype})")
+        if tensor.device != input.device:
+            raise RuntimeError(
+                f"Input and {'hidden' if key.endswith('_0') else 'parameter'} tensors are not at the same device, "
+                f"found input at {input.device} and {key} at {tensor.device}"
+            )
+    if h_0 is not None and c_0 is not None and h_0.dtype != c_0.dtype:
+        raise ValueError(f"h_0 dtype ({h_0.dtype}) does not match c_0 dtype ({c_0.dtype})")
+    check_steps(input, input.shape[0])
+
+
+def check_step(input: object, h: object, weights: Direction) -> None:
+    """The arguments of fastseq.rnn_cell, lstm_cell and gru_cell: tensors. Torch's own op names wrong sizes."""
+    check_tensor("input", input)
+    check_tensor("hx", h)
+    for key, tensor in zip(("w_ih", "w_hh", "b_ih", "b_hh"), weights, strict=True):
+        if tensor is not None or key.startswith("w"):
+            check_tensor(key, tensor)
+
+
+def check_no_projection(kwargs: dict[str, object]) -> None:
+    """RNN and GRU refuse the argument, whatever its value."""
+    if "proj_size" in kwargs:
+        raise ValueError(
+            f"proj_size argument is only supported for LSTM, not RNN or GRU, got proj_size={kwargs['proj_size']!r}"
+        )

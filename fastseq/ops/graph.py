@@ -1,0 +1,155 @@
+"""A layer as one opaque op in the graphs of torch.compile: no unrolled time loop to compile, and the kernels run
+inside.
+
+An op cannot hand the kernels' saved values from its forward to its backward without fixing their layout in the graph,
+so the backward op runs the forward again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastseq import backends
+from fastseq.ops import composite, kernel_calls
+from fastseq.ops.cell import Direction, Layer, Results, Weights
+from fastseq.ops.lengths import padded_rows
+
+
+def layer(call: Layer, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Weights) -> Results:
+    """As `composite.layer`, for padded sequences."""
+    y, h_n, c_n, c_all = recurrent_layer(
+        x,
+        h_0,
+        c_0,
+        [w for direction in weights for w in direction],
+        None if call.rows is None else call.rows.lengths,
+        call.reset,
+        call.cell.name,
+        list(call.reverse),
+        call.want_c,
+        call.float_state,
+    )
+    return Results(y, h_n, c_n if call.cell.has_c else None, c_all if call.want_c else None)
+
+
+def _directions(weights: Sequence[Tensor | None]) -> list[Direction]:
+    return [tuple(weights[start : start + 4]) for start in range(0, len(weights), 4)]
+
+
+def _call(
+    x: Tensor, lengths: Tensor | None, reset: Tensor | None, cell: str, reverse: Sequence[bool], *options: bool
+) -> tuple[Layer, ModuleType]:
+    from fastseq.ops import CELLS  # their modules import this one
+
+    backend = backends.select()
+    if backend is None:
+        raise RuntimeError(
+            "this graph was compiled for the kernels, which are switched off: call torch._dynamo.reset()"
+        )
+    rows = None if lengths is None else padded_rows(lengths, x.shape[0], x.shape[1], x.device)
+    return Layer(CELLS[cell], tuple(reverse), rows, reset, *options), backend
+
+
+@torch.library.custom_op("fastseq::recurrent_layer", mutates_args=())
+def recurrent_layer(
+    x: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    reverse: Sequence[bool],
+    want_c: bool,
+    float_state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, h_n, c_n and c_all of `cell.Results`; empty tensors where the cell has no c or c_all is not wanted."""
+    call, backend = _call(x, lengths, reset, cell, reverse, want_c, float_state)
+    if call.rows is not None and not call.rows.longest:
+        results = composite.layer(call, x, h_0, c_0, _directions(weights))
+    else:
+        results, _ = kernel_calls.forward(call, backend, x, h_0, c_0, weights, save=False)
+    y, h_n, c_n, c_all = (x.new_empty(0) if r is None else r.contiguous() for r in results)
+    return y, h_n, c_n, c_all
+
+
+@recurrent_layer.register_fake
+def _(x, h_0, c_0, weights, lengths, reset, cell, reverse, want_c, float_state):
+    steps, batch, _ = x.shape
+    gates = {"lstm": 4, "gru": 3}.get(cell, 1)
+    output, hidden = weights[1].shape[1], weights[1].shape[0] // gates
+    dtype = torch.float32 if float_state else x.dtype
+    y = x.new_empty(steps, batch, output * len(reverse))
+    h_n = x.new_empty(len(reverse), batch, output, dtype=dtype)
+    c_n = x.new_empty(len(reverse), batch, hidden, dtype=dtype) if cell == "lstm" else x.new_empty(0)
+    c_all = x.new_empty(steps, batch, hidden * len(reverse)) if want_c else x.new_empty(0)
+    return y, h_n, c_n, c_all
+
+
+@torch.library.custom_op("fastseq::recurrent_layer_backward", mutates_args=())
+def recurrent_layer_backward(
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    x: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    reverse: Sequence[bool],
+    want_c: bool,
+    float_state: bool,
+) -> list[Tensor]:
+    """The gradients of those of x, h_0, c_0 and the weights that `needs` marks."""
+    call, backend = _call(x, lengths, reset, cell, reverse, want_c, float_state)
+    if call.rows is not None and not call.rows.longest:  # the states passed through, and nothing else
+        found = [None, grads[1], grads[2], *[None] * len(weights)]
+    else:
+        (y, *_), saved = kernel_calls.forward(call, backend, x, h_0, c_0, weights, save=True)
+        isa = backend.active_isa()
+        found = kernel_calls.backward(call, backend, x, h_0, c_0, weights, y, saved, isa, grads, needs)
+    inputs = (x, h_0, c_0, *weights)
+    return [
+        torch.zeros_like(t, memory_format=torch.contiguous_format) if g is None else g.contiguous()
+        for t, g, need in zip(inputs, found, needs, strict=True)
+        if need
+    ]
+
+
+@recurrent_layer_backward.register_fake
+def _(grads, needs, x, h_0, c_0, weights, *others):
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t, need in zip((x, h_0, c_0, *weights), needs, strict=True)
+        if need
+    ]
+
+
+def _setup_context(ctx, inputs, output):
+    x, h_0, c_0, weights, lengths, reset, *ctx.options = inputs
+    ctx.weights = len(weights)
+    ctx.save_for_backward(x, h_0, c_0, *weights, lengths, reset)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, *grads):
+    x, h_0, c_0, *others = ctx.saved_tensors
+    weights, (lengths, reset) = others[: ctx.weights], others[ctx.weights :]
+    needs_x, needs_h_0, needs_c_0, needs_weights, *_ = ctx.needs_input_grad
+    needs = [needs_x, needs_h_0, needs_c_0, *needs_weights]
+    cell, reverse, want_c, float_state = ctx.options
+    has_c = cell == "lstm"
+    grads = [*grads[:2], grads[2] if has_c else None, grads[3] if want_c else None]
+    found = iter(
+        recurrent_layer_backward(grads, needs, x, h_0, c_0, weights, lengths, reset, cell, reverse, want_c, float_state)
+    )
+    dx, dh_0, dc_0, *dweights = (next(found) if need else None for need in needs)
+    return dx, dh_0, dc_0, dweights, *[None] * 6
+
+
+recurrent_layer.register_autograd(_backward, setup_context=_setup_context)

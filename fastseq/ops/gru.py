@@ -1,0 +1,121 @@
+"""The GRU as torch defines it: n = tanh(W_in x + b_in + r (W_hn h + b_hn)), h' = (1 - z) n + z h, gates in the order r,
+z, n."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import _VF, Tensor
+
+from fastseq.ops import checks
+from fastseq.ops.cell import Cell
+from fastseq.ops.recurrent import run_cell, run_sequence
+
+
+def _gru(x: Tensor, h: Tensor, c: None, w_hh: Tensor, b_hh: Tensor | None) -> tuple[Tensor, None]:
+    x_r, x_z, x_n = x.chunk(3, -1)
+    h_r, h_z, h_n = F.linear(h, w_hh, b_hh).chunk(3, -1)
+    n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
+    return n + torch.sigmoid(x_z + h_z) * (h - n), None
+
+
+GRU = Cell("gru", "GRU", 3, False, _VF.gru, _VF.gru_cell, _gru)
+
+
+def gru(
+    input: Tensor,
+    h_0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
+    reverse: bool = False,
+    return_states: bool = False,
+) -> tuple[Tensor, ...]:
+    """A GRU over a sequence: one layer, one direction. The reset gate acts after the matrix product, as in torch.
+
+    Args:
+        input: (T, B, I), T >= 1.
+        h_0: (B, H), or None for zeros. With bfloat16 input it may be float32; then h_n is too.
+        w_ih, w_hh: (3*H, I), (3*H, H), rows in the order r, z, n.
+        b_ih, b_hh: (3*H), both or neither.
+        lengths: B integers in [0, T], in any order, as a list or a tensor on any device. The output is 0 from there on;
+            h_n is the state at the last step of each sequence (h_0 for a length of 0).
+        reset: (T, B) bool. True marks the first step of a segment: the state is zero before it, and no gradient passes.
+        reverse: from the last step to the first, cut by `reset` at the same places.
+        return_states: add a third result, all h as (T, B, H).
+
+    Returns:
+        output (T, B, H) and h_n (B, H).
+
+    Float32, float64 and bfloat16 on the CPU run in kernels, everything else in torch ops. All tensors share one dtype
+    and device.
+
+    Raises:
+        TypeError: arguments that are not tensors; lengths that are not integers; a reset that is not bool.
+        ValueError: dtypes that differ, lengths out of range, an input that is not 3-D.
+        RuntimeError: sizes or devices that do not fit, T = 0.
+
+    Source: Cho et al., "Learning phrase representations using RNN encoder-decoder for statistical machine translation",
+        EMNLP 2014;
+    https://pytorch.org/docs/stable/generated/torch.nn.GRU.html
+
+    Example:
+        >>> import torch, fastseq
+        >>> x, w_ih, w_hh = torch.randn(7, 2, 3), torch.randn(12, 3), torch.randn(12, 4)
+        >>> output, h_n = fastseq.gru(x, None, w_ih, w_hh, reset=torch.rand(7, 2) < 0.2)
+        >>> output.shape, h_n.shape
+        (torch.Size([7, 2, 4]), torch.Size([2, 4]))
+    """
+    y, h_n, _, _ = run_sequence(
+        GRU,
+        input,
+        h_0,
+        None,
+        (w_ih, w_hh, b_ih, b_hh),
+        lengths=lengths,
+        reset=reset,
+        reverse=reverse,
+        return_states=return_states,
+    )
+    return (y, h_n, y.clone()) if return_states else (y, h_n)
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """One step of a GRU, with the argument order of torch's `gru_cell`.
+
+    Args:
+        input: (B, I).
+        hx: (B, H).
+        w_ih, w_hh: (3*H, I), (3*H, H), rows in the order r, z, n.
+        b_ih, b_hh: (3*H), both or neither.
+
+    Returns:
+        h' (B, H).
+
+    Raises:
+        TypeError: arguments that are not tensors.
+        RuntimeError: what torch raises for sizes, dtypes and devices that do not fit.
+
+    Source: Cho et al., 2014; https://pytorch.org/docs/stable/generated/torch.nn.GRUCell.html
+
+    Example:
+        >>> import torch, fastseq
+        >>> fastseq.gru_cell(torch.randn(2, 3), torch.zeros(2, 4), torch.randn(12, 3), torch.randn(12, 4)).shape
+        torch.Size([2, 4])
+    """
+    weights = (w_ih, w_hh, b_ih, b_hh)
+    checks.check_step(input, hx, weights)
+    return run_cell(GRU, input, hx, None, weights)[0]

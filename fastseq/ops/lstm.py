@@ -1,0 +1,126 @@
+"""The LSTM with forget gate: c' = f c + i g, h' = o tanh(c'), gates in torch's order i, f, g, o."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import _VF, Tensor
+
+from fastseq.ops import checks
+from fastseq.ops.cell import Cell
+from fastseq.ops.recurrent import run_cell, run_sequence
+
+
+def _lstm(x: Tensor, h: Tensor, c: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> tuple[Tensor, Tensor]:
+    i, f, g, o = (x + F.linear(h, w_hh, b_hh)).chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+LSTM = Cell("lstm", "LSTM", 4, True, _VF.lstm, _VF.lstm_cell, _lstm)
+
+
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
+    reverse: bool = False,
+    return_states: bool = False,
+) -> tuple:
+    """An LSTM over a sequence: one layer, one direction.
+
+    Args:
+        input: (T, B, I), T >= 1.
+        hx: h_0 and c_0, each (B, H), or None for zeros. With bfloat16 input they may be float32; then h_n and c_n are
+            too.
+        w_ih, w_hh: (4*H, I), (4*H, H), rows in the order i, f, g, o.
+        b_ih, b_hh: (4*H), both or neither.
+        lengths: B integers in [0, T], in any order, as a list or a tensor on any device. The output is 0 from there on;
+            h_n and c_n are the states at the last step of each sequence (h_0 and c_0 for a length of 0).
+        reset: (T, B) bool. True marks the first step of a segment: both states are zero before it, and no gradient
+            passes.
+        reverse: from the last step to the first, cut by `reset` at the same places.
+        return_states: add a third result, all h and all c, each (T, B, H).
+
+    Returns:
+        output (T, B, H) and (h_n, c_n), each (B, H).
+
+    Float32, float64 and bfloat16 on the CPU run in kernels, everything else in torch ops. All tensors share one dtype
+    and device.
+
+    Raises:
+        TypeError: arguments that are not tensors; lengths that are not integers; a reset that is not bool.
+        ValueError: dtypes that differ, lengths out of range, an input that is not 3-D.
+        RuntimeError: sizes or devices that do not fit, T = 0.
+
+    Sources: Hochreiter and Schmidhuber, "Long short-term memory", Neural Computation 9, 1997; Gers, Schmidhuber and
+        Cummins, "Learning to
+    forget", Neural Computation 12, 2000; https://pytorch.org/docs/stable/generated/torch.nn.LSTM.html
+
+    Example:
+        >>> import torch, fastseq
+        >>> x, w_ih, w_hh = torch.randn(7, 2, 3), torch.randn(16, 3), torch.randn(16, 4)
+        >>> output, (h_n, c_n), (h, c) = fastseq.lstm(x, None, w_ih, w_hh, return_states=True)
+        >>> output.shape, c_n.shape, c.shape
+        (torch.Size([7, 2, 4]), torch.Size([2, 4]), torch.Size([7, 2, 4]))
+    """
+    h_0, c_0 = (None, None) if hx is None else checks.check_state_pair("lstm", hx)
+    y, h_n, c_n, c_all = run_sequence(
+        LSTM,
+        input,
+        h_0,
+        c_0,
+        (w_ih, w_hh, b_ih, b_hh),
+        lengths=lengths,
+        reset=reset,
+        reverse=reverse,
+        return_states=return_states,
+    )
+    return (y, (h_n, c_n), (y.clone(), c_all)) if return_states else (y, (h_n, c_n))
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of an LSTM, with the argument order of torch's `lstm_cell`.
+
+    Args:
+        input: (B, I).
+        hx: h and c, each (B, H).
+        w_ih, w_hh: (4*H, I), (4*H, H), rows in the order i, f, g, o.
+        b_ih, b_hh: (4*H), both or neither.
+
+    Returns:
+        h' and c', each (B, H).
+
+    Raises:
+        TypeError: arguments that are not tensors.
+        RuntimeError: not two states; what torch raises for sizes, dtypes and devices that do not fit.
+
+    Sources: Hochreiter and Schmidhuber, 1997; Gers et al., 2000;
+        https://pytorch.org/docs/stable/generated/torch.nn.LSTMCell.html
+
+    Example:
+        >>> import torch, fastseq
+        >>> state = torch.zeros(2, 4), torch.zeros(2, 4)
+        >>> h, c = fastseq.lstm_cell(torch.randn(2, 3), state, torch.randn(16, 3), torch.randn(16, 4))
+        >>> h.shape, c.shape
+        (torch.Size([2, 4]), torch.Size([2, 4]))
+    """
+    weights = (w_ih, w_hh, b_ih, b_hh)
+    h, c = checks.check_state_pair("lstm_cell", hx)
+    checks.check_step(input, h, weights)
+    return run_cell(LSTM, input, h, c, weights)

@@ -1,0 +1,357 @@
+"""One layer of any recurrent cell, in one or two directions, and one step of it: kernels behind autograd.
+
+`run_layer` and `run_step` choose who computes (`support.route`); `RecurrentFunction` and `StepFunction`
+are the `torch.autograd.Function`s over the kernels of the active backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastseq import backends
+from fastseq.ops import checks, composite, graph, kernel_calls, support
+from fastseq.ops.cell import Cell, Direction, Layer, Results, Weights
+from fastseq.ops.kernel_calls import unit_stride
+from fastseq.ops.lengths import padded_rows
+from fastseq.ops.support import Route
+
+
+def run_layer(
+    call: Layer,
+    x: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Weights,
+    route: Route,
+    backend: ModuleType | None,
+) -> Results:
+    """One layer on checked tensors.
+
+    Args:
+        x: (T, B, I), or (R, I) where `call.rows` is packed.
+        h_0, c_0: (D, B, H) or None for zeros.
+        weights: per direction.
+        route, backend: what `support.route` answered for these tensors.
+    """
+    if route is Route.KERNELS and (call.rows is None or call.rows.longest):
+        flat = [w for direction in weights for w in direction]
+        if needs_grad(x, h_0, c_0, *flat):
+            return Results(*_apply_layer(call, backend, x, h_0, c_0, *flat))
+        return kernel_calls.forward(call, backend, x, h_0, c_0, flat, save=False)[0]
+    if route is Route.GRAPH:
+        return graph.layer(call, x, h_0, c_0, weights)
+    return composite.layer(call, x, h_0, c_0, weights)
+
+
+def run_sequence(
+    cell: Cell,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Direction,
+    *,
+    lengths: Tensor | Sequence[int] | None,
+    reset: Tensor | None,
+    reverse: bool,
+    return_states: bool,
+) -> Results:
+    """What fastseq.rnn, lstm and gru share: checks, then one layer in one direction. The states come back as (B, H)."""
+    checks.check_sequence(cell, input, h_0, c_0, weights)
+    steps, batch = input.shape[:2]
+    if reset is not None:
+        checks.check_reset(reset, (steps, batch), input.device)
+    rows = None if lengths is None else padded_rows(lengths, steps, batch, input.device)
+    route, backend = support.route((input, *weights), (h_0, c_0))
+    if input.numel() == 0 and route in (Route.KERNELS, Route.GRAPH):
+        route = Route.TORCH
+    if support.is_compiling() and route is Route.TORCH and not torch.compiler.is_exporting():
+        # Outside the graph, as torch runs its own recurrent modules.
+        options = {"lengths": lengths, "reset": reset, "reverse": reverse, "return_states": return_states}
+        return torch.compiler.disable(run_sequence)(cell, input, h_0, c_0, weights, **options)
+    call = Layer(
+        cell,
+        (bool(reverse),),
+        rows,
+        reset,
+        want_c=return_states and cell.has_c,
+        float_state=input.dtype is torch.bfloat16 and h_0 is not None and h_0.dtype is torch.float32,
+    )
+    h_0 = None if h_0 is None else h_0.unsqueeze(0)
+    c_0 = None if c_0 is None else c_0.unsqueeze(0)
+    y, h_n, c_n, c_all = run_layer(call, input, h_0, c_0, [weights], route, backend)
+    return Results(y, h_n.squeeze(0), None if c_n is None else c_n.squeeze(0), c_all)
+
+
+def run_step(
+    cell: Cell, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Direction, panels: Any | None = None
+) -> tuple[Tensor, Tensor | None] | None:
+    """One step on x (B, I), h and c (B, H) or None for zeros: h' and c' (None but for LSTM).
+
+    None where the kernels do not serve the case, or the arguments do not fit: torch's op computes it, or names the
+        mistake. The backend
+    checks types, dtypes, devices, shapes and strides itself, and here its time counts, so nothing is checked twice.
+    """
+    if support.is_compiling() or support.transformed() or support.watched():
+        return None
+    backend = backends.select()
+    if backend is None:
+        return None
+    w_ih, w_hh, b_ih, b_hh = weights
+    try:
+        if torch.is_grad_enabled() and needs_grad(x, h, c, w_ih, w_hh, b_ih, b_hh):
+            return _apply_step(cell, backend, x, h, c, w_ih, w_hh, b_ih, b_hh)
+        h_1, _, c_1, _ = backend.recurrent_step(
+            cell.name, x, h, c, w_ih, w_hh, b_ih, b_hh, torch.get_num_threads(), False, panels
+        )
+        return h_1, c_1
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+def run_cell(cell: Cell, x: Tensor, h: Tensor, c: Tensor | None, weights: Direction) -> tuple[Tensor, Tensor | None]:
+    """What fastseq.rnn_cell, lstm_cell and gru_cell share."""
+    result = run_step(cell, x, h, c, weights)
+    if result is not None:
+        return result
+    if support.transformed():
+        return composite.step(cell, x, h, c, weights)
+    result = cell.step_op(x, (h, c) if cell.has_c else h, *weights)
+    return result if cell.has_c else (result, None)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """True where autograd must record a call on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class RecurrentFunction(torch.autograd.Function):
+    """A layer of any cell, in one or two directions, over the kernels.
+
+    `RecurrentFunction.apply(call, backend, x, h_0, c_0, *weights)` returns `(y, h_n, c_n, c_all)`; `call` is a `Layer`,
+    `backend` a module with `recurrent_forward` and `recurrent_backward`, the weights four per direction (`None` for
+    absent biases). Shapes are those of `run_layer`. The tensors must be what `support.route` calls fit for the kernels;
+    `fastseq.rnn`, `lstm` and `gru` see to that.
+
+    The backward destroys the values that the forward saved. A second one through the same graph runs the forward again
+    first, and so does a backward that finds the output changed in place. With `create_graph=True` the gradients come
+    from torch ops.
+
+    Sources: Elman, "Finding structure in time", 1990; Hochreiter and Schmidhuber, "Long short-term memory", 1997; Gers,
+        Schmidhuber and
+    Cummins, "Learning to forget", 2000; Cho et al., "Learning phrase representations using RNN encoder-decoder", 2014;
+    Werbos, "Backpropagation through time", 1990.
+
+    Example:
+        >>> import torch
+        >>> from fastseq import backends
+        >>> from fastseq.ops import Layer, RecurrentFunction
+        >>> from fastseq.ops.gru import GRU
+        >>> x, w_ih, w_hh = torch.randn(7, 2, 3), torch.randn(12, 3, requires_grad=True), torch.randn(12, 4)
+        >>> if (backend := backends.select()) is not None:
+        ...     y, h_n, _, _ = RecurrentFunction.apply(Layer(GRU), backend, x, None, None, w_ih, w_hh, None, None)
+        ...     y.sum().backward()
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Layer,
+        backend: ModuleType,
+        x: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        *weights: Tensor | None,
+    ) -> Results:
+        """See the class."""
+        results, saved = kernel_calls.forward(call, backend, x, h_0, c_0, weights, save=True)
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.backend, ctx.isa = call, backend, backend.active_isa()
+        _keep(ctx, (x, h_0, c_0, *weights), results.y, saved)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dc_all: Tensor | None) -> tuple:
+        """Gradients of the inputs, None for those that need none."""
+        (x, h_0, c_0, *weights), y, saved = _kept(ctx)
+        grads = (dy, dh_n, dc_n, dc_all)
+        if torch.is_grad_enabled():
+            directions = len(ctx.call.reverse)
+            return (
+                None,
+                None,
+                *_composite_backward(
+                    lambda x, h, c, *w: composite.layer(
+                        ctx.call, x, h, c, [w[4 * d : 4 * d + 4] for d in range(directions)]
+                    ),
+                    (x, h_0, c_0, *weights),
+                    grads,
+                    ctx.needs_input_grad[2:],
+                ),
+            )
+        isa = ctx.isa
+        if saved is None:
+            (y, *_), saved = kernel_calls.forward(ctx.call, ctx.backend, x, h_0, c_0, weights, save=True)
+            isa = ctx.backend.active_isa()
+        needs = ctx.needs_input_grad[2:]
+        return (
+            None,
+            None,
+            *kernel_calls.backward(ctx.call, ctx.backend, x, h_0, c_0, weights, y, saved, isa, grads, needs),
+        )
+
+
+class StepFunction(torch.autograd.Function):
+    """One step of any cell over the kernels.
+
+    `StepFunction.apply(cell, backend, x, h, c, w_ih, w_hh, b_ih, b_hh)` returns `h'` and, for LSTM, `c'` (else None): x
+    (B, I), states (B, H) or None for zeros, unit strides along the last axes. As `RecurrentFunction` otherwise, and
+    with its sources.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        cell: Cell,
+        backend: ModuleType,
+        x: Tensor,
+        h: Tensor | None,
+        c: Tensor | None,
+        *weights: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See the class."""
+        h_1, _, c_1, saved = backend.recurrent_step(cell.name, x, h, c, *weights, torch.get_num_threads(), True)
+        ctx.set_materialize_grads(False)
+        ctx.cell, ctx.backend, ctx.isa = cell, backend, backend.active_isa()
+        _keep(ctx, (x, h, c, *weights), h_1, (saved,))
+        return h_1, c_1
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> tuple:
+        """Gradients of the inputs, None for those that need none."""
+        (x, h, c, *weights), h_1, saved = _kept(ctx)
+        if torch.is_grad_enabled():
+            return (
+                None,
+                None,
+                *_composite_backward(
+                    lambda x, h, c, *w: composite.step(ctx.cell, x, h, c, w),
+                    (x, h, c, *weights),
+                    (dh, dc),
+                    ctx.needs_input_grad[2:],
+                ),
+            )
+        cell, backend, isa = ctx.cell, ctx.backend, ctx.isa
+        if saved is None:
+            h_1, _, _, *saved = backend.recurrent_step(cell.name, x, h, c, *weights, torch.get_num_threads(), True)
+            isa = backend.active_isa()
+        dx, *others = backend.recurrent_backward(
+            cell.name,
+            x.unsqueeze(0),
+            h,
+            c,
+            tuple(weights),
+            h_1.unsqueeze(0),
+            saved[0],
+            isa,
+            dy=None,
+            dh_n=unit_stride(dh),
+            dc_n=unit_stride(dc),
+            dc_all=None,
+            needs=ctx.needs_input_grad[2:],
+            batch_sizes=None,
+            order=None,
+            packed=False,
+            reverse=False,
+            reset=None,
+            float_state=False,
+        )
+        return None, None, None if dx is None else dx.squeeze(0), *others
+
+
+def _c_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` without its Python prologue, which only serves torch.func; `support.route` keeps those calls
+    away.
+
+    That the method of the C base class can be reached this way is a detail of torch, hence the trial (without the
+    autograd engine, whose threads must not start at import).
+    """
+
+    class Trial(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad * 2
+
+    try:
+        with torch.enable_grad():
+            x = torch.ones((), device="cpu", requires_grad=True)
+            node = super(torch.autograd.Function, Trial).apply(x).grad_fn
+        if node.name() == "TrialBackward" and node(torch.ones((), device="cpu")).item() == 2:
+            return super(torch.autograd.Function, function).apply
+    except (AttributeError, RuntimeError, TypeError):
+        pass
+    return function.apply
+
+
+_apply_layer = _c_apply(RecurrentFunction)
+_apply_step = _c_apply(StepFunction)
+
+
+# What a graph keeps.
+#
+# Inputs and weights go through save_for_backward: an in-place change before the backward raises torch's error. The
+# output does not: torch's own RNN and GRU allow it to be changed (`out *= mask`), so it is kept as an alias with its
+# version, and a changed one is recomputed. Under saved-tensor hooks (checkpointing, offloading) everything goes through
+# them, since they exist to let go of the memory.
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor, saved: tuple[Tensor, ...]) -> None:
+    ctx.inputs = len(inputs)
+    if support.saving_hooks():
+        ctx.save_for_backward(*inputs, output, *saved)
+        ctx.once = [None]
+    else:
+        ctx.save_for_backward(*inputs)
+        ctx.once = [(output.detach(), output._version, saved)]
+
+
+def _kept(ctx: Any) -> tuple[tuple[Tensor | None, ...], Tensor | None, tuple[Tensor, ...] | None]:
+    """The inputs; the output and the saved values, or None where they have been used up or changed."""
+    tensors = ctx.saved_tensors
+    inputs = tensors[: ctx.inputs]
+    if torch.is_grad_enabled() or not ctx.once:
+        return inputs, None, None
+    try:
+        kept = ctx.once.pop()  # atomic: of two threads in the same backward one gets the buffers
+    except IndexError:
+        return inputs, None, None
+    if kept is None:
+        return inputs, tensors[ctx.inputs], tensors[ctx.inputs + 1 :]
+    output, version, saved = kept
+    return (inputs, output, saved) if output._version == version else (inputs, None, None)
+
+
+def _composite_backward(
+    run: Callable[..., Sequence[Tensor | None]],
+    inputs: tuple[Tensor | None, ...],
+    grads: tuple[Tensor | None, ...],
+    needs: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again: the forward once more in torch ops, and torch's own backward."""
+    # Views: one input may be computed from another, whose gradient must not pass through both.
+    inputs = tuple(None if t is None else t.view_as(t) for t in inputs)
+    outputs = [(r, g) for r, g in zip(run(*inputs), grads, strict=True) if g is not None]
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    if not outputs:
+        return [None] * len(inputs)
+    results, dresults = zip(*outputs, strict=True)
+    found = iter(torch.autograd.grad(results, wanted, dresults, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]

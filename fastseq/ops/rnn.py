@@ -1,0 +1,134 @@
+"""The vanilla (Elman) RNN: h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import _VF, Tensor
+
+from fastseq.ops import checks
+from fastseq.ops.cell import Cell
+from fastseq.ops.recurrent import run_cell, run_sequence
+
+
+def _tanh(x: Tensor, h: Tensor, c: None, w_hh: Tensor, b_hh: Tensor | None) -> tuple[Tensor, None]:
+    return torch.tanh(x + F.linear(h, w_hh, b_hh)), None
+
+
+def _relu(x: Tensor, h: Tensor, c: None, w_hh: Tensor, b_hh: Tensor | None) -> tuple[Tensor, None]:
+    return torch.relu(x + F.linear(h, w_hh, b_hh)), None
+
+
+TANH = Cell("rnn_tanh", "RNN", 1, False, _VF.rnn_tanh, _VF.rnn_tanh_cell, _tanh)
+RELU = Cell("rnn_relu", "RNN", 1, False, _VF.rnn_relu, _VF.rnn_relu_cell, _relu)
+
+
+def rnn_of(nonlinearity: str) -> Cell:
+    """The cell of torch's `nonlinearity` argument."""
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    return TANH if nonlinearity == "tanh" else RELU
+
+
+def rnn(
+    input: Tensor,
+    h_0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
+    reverse: bool = False,
+    return_states: bool = False,
+) -> tuple[Tensor, ...]:
+    """A vanilla RNN over a sequence: one layer, one direction.
+
+    Args:
+        input: (T, B, I), T >= 1.
+        h_0: (B, H), or None for zeros. With bfloat16 input it may be float32; then h_n is too.
+        w_ih, w_hh: (H, I), (H, H).
+        b_ih, b_hh: (H), both or neither.
+        nonlinearity: "tanh" or "relu".
+        lengths: B integers in [0, T], in any order, as a list or a tensor on any device. The output is 0 from there on;
+            h_n is the state at the last step of each sequence (h_0 for a length of 0).
+        reset: (T, B) bool. True marks the first step of a segment: the state is zero before it, and no gradient passes.
+        reverse: from the last step to the first, cut by `reset` at the same places.
+        return_states: add a third result, all h as (T, B, H).
+
+    Returns:
+        output (T, B, H) and h_n (B, H).
+
+    Float32, float64 and bfloat16 on the CPU run in kernels, everything else in torch ops. All tensors share one dtype
+    and device.
+
+    Raises:
+        TypeError: arguments that are not tensors; lengths that are not integers; a reset that is not bool.
+        ValueError: dtypes that differ, lengths out of range, an input that is not 3-D, an unknown nonlinearity.
+        RuntimeError: sizes or devices that do not fit, T = 0.
+
+    Source: Elman, "Finding structure in time", Cognitive Science 14, 1990;
+        https://pytorch.org/docs/stable/generated/torch.nn.RNN.html
+
+    Example:
+        >>> import torch, fastseq
+        >>> x, w_ih, w_hh = torch.randn(7, 2, 3), torch.randn(4, 3), torch.randn(4, 4)
+        >>> output, h_n = fastseq.rnn(x, None, w_ih, w_hh, lengths=[5, 7])
+        >>> output.shape, h_n.shape
+        (torch.Size([7, 2, 4]), torch.Size([2, 4]))
+    """
+    y, h_n, _, _ = run_sequence(
+        rnn_of(nonlinearity),
+        input,
+        h_0,
+        None,
+        (w_ih, w_hh, b_ih, b_hh),
+        lengths=lengths,
+        reset=reset,
+        reverse=reverse,
+        return_states=return_states,
+    )
+    return (y, h_n, y.clone()) if return_states else (y, h_n)
+
+
+def rnn_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+) -> Tensor:
+    """One step of a vanilla RNN, with the argument order of torch's `rnn_tanh_cell`.
+
+    Args:
+        input: (B, I).
+        hx: (B, H).
+        w_ih, w_hh: (H, I), (H, H).
+        b_ih, b_hh: (H), both or neither.
+        nonlinearity: "tanh" or "relu".
+
+    Returns:
+        h' (B, H).
+
+    Raises:
+        TypeError: arguments that are not tensors.
+        ValueError: an unknown nonlinearity.
+        RuntimeError: what torch raises for sizes, dtypes and devices that do not fit.
+
+    Source: Elman, 1990; https://pytorch.org/docs/stable/generated/torch.nn.RNNCell.html
+
+    Example:
+        >>> import torch, fastseq
+        >>> fastseq.rnn_cell(torch.randn(2, 3), torch.zeros(2, 4), torch.randn(4, 3), torch.randn(4, 4)).shape
+        torch.Size([2, 4])
+    """
+    weights = (w_ih, w_hh, b_ih, b_hh)
+    checks.check_step(input, hx, weights)
+    return run_cell(rnn_of(nonlinearity), input, hx, None, weights)[0]

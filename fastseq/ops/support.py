@@ -1,0 +1,140 @@
+"""What the kernels serve, and the guards that stand before every kernel call.
+
+`SERVICE` is the whole answer to "which calls are fast": one static table, printed by `fastseq info`. `route()` is the
+same table as code. Nothing is tuned or measured at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from enum import Enum
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from fastseq import backends
+
+DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
+PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+class Route(Enum):
+    """Who computes a call."""
+
+    KERNELS = "kernels"
+    TORCH = "torch"  # torch's own op; with lengths, reset or return_states: composite.py
+    COMPOSITE = "composite"  # torch ops step by step, which every transform of torch.func understands
+    GRAPH = "graph"  # one opaque op in the graph of torch.compile; the kernels run inside
+
+
+class Service(NamedTuple):
+    """One row of `SERVICE`."""
+
+    case: str
+    served_by: str
+    reason: str
+
+
+SERVICE: tuple[Service, ...] = (
+    Service("CPU tensors in float32, float64 or bfloat16", "kernels", "forward and backward, any T, B, I and H"),
+    Service("lengths=, reset=, return_states=, step()", "kernels", "same dtypes; other cases: torch ops, step by step"),
+    Service("PackedSequence, sorted or not", "kernels", "rows active at each step, no padding computed"),
+    Service("torch.compile, RNN / LSTM / GRU", "kernels", "one opaque op per layer; backward runs forward again"),
+    Service("torch.compile, cells", "torch", "torch compiles its own op"),
+    Service("torch.export, jit.trace, make_fx", "torch", "the graph must run without fastseq"),
+    Service("float16, complex and mixed dtypes", "torch", "no kernels for them"),
+    Service("CUDA, MPS, meta and sparse tensors", "torch", "no kernels for them yet"),
+    Service("proj_size > 0", "torch", "no projection in the kernels"),
+    Service("batch of 0, hidden_size of 0", "torch", "nothing to compute"),
+    Service("autocast", "torch", "result dtypes are torch's, which differ by cell"),
+    Service("tensor subclasses, FakeTensor, dispatch and function modes", "torch", "a kernel reads plain memory only"),
+    Service("forward-mode AD, torch.func (vmap, grad, jvp, ...)", "torch ops", "step by step; works for every cell"),
+    Service("create_graph=True", "torch", "the kernels' backward cannot be differentiated"),
+)
+
+
+def _guard(name: str) -> Callable[[], bool]:
+    """A private predicate of torch. Where a version lacks it the guard answers True: torch's path, slower but right."""
+    return getattr(torch._C, name, lambda: True)
+
+
+is_compiling = torch.compiler.is_compiling
+transforms_active = _guard("_are_functorch_transforms_active")
+dispatch_modes = _guard("_len_torch_dispatch_stack")
+function_modes = _guard("_len_torch_function_stack")
+tracing = _guard("_get_tracing_state")
+any_autocast = _guard("_is_any_autocast_enabled")
+_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
+
+
+def saving_hooks() -> bool:
+    """True under `torch.autograd.graph.saved_tensors_hooks`, which checkpointing and offloading use."""
+    return _saving_hooks(True) is not None
+
+
+def _foreign_function_modes() -> bool:
+    # torch.set_default_device leaves a mode on the stack for good. It touches factory functions only.
+    return not all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
+
+
+def watched() -> bool:
+    """True where something watches torch calls and must be able to see ours: a mode, a tracer, autocast."""
+    return bool(
+        dispatch_modes() or (function_modes() and _foreign_function_modes()) or tracing() is not None or any_autocast()
+    )
+
+
+def transformed() -> bool:
+    """True inside torch.func transforms and under forward-mode AD."""
+    return bool(transforms_active()) or forward_ad._current_level >= 0
+
+
+def plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """True where a kernel may read the memory of `tensor`: strided CPU memory of this dtype, no lazy neg bit."""
+    return (
+        type(tensor) in PLAIN_TYPES
+        and tensor.dtype is dtype
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
+    )
+
+
+def kernels_selected() -> bool:
+    """True where a backend is at hand. torch.compile takes the answer for a constant of the graph."""
+    return backends.select() is not None
+
+
+kernels_selected._dynamo_marked_constant = True  # what torch._dynamo.assume_constant_result does, without its import
+
+
+def route(tensors: Iterable[Tensor | None], states: Iterable[Tensor | None] = ()) -> tuple[Route, ModuleType | None]:
+    """Who computes a call on these tensors, and with which backend.
+
+    Args:
+        tensors: the input first, then weights and biases; all must have the input's dtype.
+        states: initial states, which may also be float32 beside a bfloat16 input.
+    """
+    if is_compiling():
+        tensors = [t for t in (*tensors, *states) if t is not None]
+        served = not torch.compiler.is_exporting() and not torch.is_autocast_enabled("cpu") and kernels_selected()
+        served = served and all(t.is_cpu and t.dtype is tensors[0].dtype and type(t) in PLAIN_TYPES for t in tensors)
+        return (Route.GRAPH if served and tensors[0].dtype in DTYPES else Route.TORCH), None
+    if transformed():
+        return Route.COMPOSITE, None
+    if watched():
+        return Route.TORCH, None
+    tensors = [t for t in tensors if t is not None]
+    dtype = tensors[0].dtype
+    if dtype not in DTYPES or not all(plain(t, dtype) for t in tensors):
+        return Route.TORCH, None
+    state_dtypes = (dtype, torch.float32) if dtype is torch.bfloat16 else (dtype,)
+    if not all(any(plain(s, d) for d in state_dtypes) for s in states if s is not None):
+        return Route.TORCH, None
+    backend = backends.select()
+    return (Route.KERNELS if backend is not None else Route.TORCH), backend

@@ -1,0 +1,250 @@
+"""lengths=, reset=, return_states= and step() of the sequence modules against a loop of torch's cells."""
+
+import itertools
+
+import loop
+import pytest
+import torch
+from models import MODULES, assert_close, flat, gradients, make, random_hx
+
+import fastseq
+
+pytestmark = pytest.mark.usefixtures("route")
+
+
+def expected(rnn, x, hx, lengths=None, reset=None):
+    y, h_n, c_n, h, c = loop.module(rnn, x, hx, lengths, reset)
+    return [t for t in (y, h_n, c_n, h, c) if t is not None]
+
+
+CASES = list(itertools.product([1, 2], [False, True], [None, [3, 7, 0, 5, 1], [0, 0, 0, 0, 0], [7] * 5], [False, True]))
+
+
+@pytest.mark.parametrize("cell", MODULES)
+@pytest.mark.parametrize(("layers", "bidirectional", "lengths", "cuts"), CASES)
+@pytest.mark.parametrize("hx_given", [False, True])
+def test_lengths_reset_states(cell, layers, bidirectional, lengths, cuts, hx_given):
+    rnn = make(cell, 3, 9, layers, bidirectional=bidirectional)
+    x = torch.randn(7, 5, 3, dtype=torch.float64, requires_grad=True)
+    hx = random_hx(rnn, 5, requires_grad=True) if hx_given else None
+    reset = torch.rand(7, 5) < 0.3 if cuts else None
+    result = flat(rnn(x, hx, lengths=lengths, reset=reset, return_states=True))
+    wanted = expected(rnn, x, hx, lengths, reset)
+    assert_close(result, wanted)
+    inputs = [x, *(flat([hx]) if hx_given else []), *rnn.parameters()]
+    assert_close(gradients(result, inputs), gradients(wanted, inputs))
+    with torch.no_grad():
+        assert_close(flat(rnn(x, hx, lengths=lengths, reset=reset, return_states=True)), wanted)
+
+
+@pytest.mark.parametrize("cell", MODULES)
+def test_layouts(cell):
+    """batch_first and unbatched give what (T, B) gives, moved."""
+    rnn = make(cell, 3, 4, 2, bidirectional=True)
+    first = make(cell, 3, 4, 2, bidirectional=True, batch_first=True)
+    x, hx, lengths = torch.randn(7, 5, 3, dtype=torch.float64), random_hx(rnn, 5), torch.tensor([4, 7, 0, 2, 6])
+    reset = torch.rand(7, 5) < 0.3
+    y, h_n, *states = flat(rnn(x, hx, lengths=lengths, reset=reset, return_states=True))
+    options = {"lengths": lengths, "reset": reset.T, "return_states": True}
+    y_first, h_n_first, *states_first = flat(first(x.transpose(0, 1), hx, **options))
+    assert_close(y_first.transpose(0, 1), y)
+    assert_close(h_n_first, h_n)
+    c_n, c_n_first = (states.pop(0), states_first.pop(0)) if cell == "lstm" else (h_n, h_n_first)
+    assert_close(c_n_first, c_n)
+    for state, moved in zip(states, states_first, strict=True):
+        assert moved.shape == (5, 7, 4, 4)
+        assert_close(moved.movedim(0, 2), state)
+
+    row = 3  # of length 2
+    hx_row = tuple(s[:, row] for s in hx) if cell == "lstm" else hx[:, row]
+    for module in (rnn, first):
+        alone = flat(module(x[:, row], hx_row, lengths=[2], reset=reset[:, row], return_states=True))
+        y_row, h_n_row, *states_row = alone
+        assert_close(y_row, y[:, row])
+        assert_close(h_n_row, h_n[:, row])
+        if cell == "lstm":
+            assert_close(states_row.pop(0), c_n[:, row])
+        for state, state_row in zip(states, states_row, strict=True):
+            assert_close(state_row, state[:, :, row])
+
+
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor, lambda n: torch.tensor(n, dtype=torch.uint8)])
+def test_lengths_kinds(kind):
+    rnn, x = make("gru", 3, 4), torch.randn(7, 3, 3, dtype=torch.float64)
+    assert_close(rnn(x, lengths=kind([2, 7, 5])), rnn(x, lengths=[2, 7, 5]))
+
+
+def test_lengths_leave_padding_out():
+    """NaN in the padding reaches neither the results nor a gradient."""
+    for cell in MODULES:
+        rnn = make(cell, 3, 4, bidirectional=True)
+        x = torch.randn(7, 3, 3, dtype=torch.float64)
+        x[4:, 0], x[2:, 2] = torch.nan, torch.nan
+        x.requires_grad_()
+        y, *_ = rnn(x, lengths=[4, 7, 2])
+        grads = torch.autograd.grad(y.sum(), [x, *rnn.parameters()])
+        assert all(t.isfinite().all() for t in (y, *grads))
+        assert (grads[0][4:, 0] == 0).all()
+        assert (y[2:, 2] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "text"),
+    [
+        ([1.0, 2.0, 3.0], TypeError, "lengths must be integers"),
+        ([1, float("nan"), 3], TypeError, "lengths must be integers"),
+        ([True, False, True], TypeError, "lengths must be integers"),
+        ([1, None, 3], TypeError, "lengths must be integers"),
+        ([[1], [2, 3], 4], TypeError, "lengths must be integers"),
+        ("abc", TypeError, "lengths must be integers"),
+        (torch.tensor([1.0, 2.0, 3.0]), TypeError, "got torch.float32"),
+        (torch.tensor([True, True, True]), TypeError, "got torch.bool"),
+        (torch.tensor([1, 2, 3], dtype=torch.bfloat16), TypeError, "lengths must be integers"),
+        ([1, 2, 8], ValueError, r"lengths must lie in \[0, 7\].*got 8"),
+        ([1, -1, 3], ValueError, r"lengths must lie in \[0, 7\].*got -1"),
+        ([1, 2, 2**70], ValueError, "lengths must"),
+        ([1, 2], ValueError, r"shape \(3,\), got shape \(2,\)"),
+        ([[1, 2, 3]], ValueError, r"shape \(3,\), got shape \(1, 3\)"),
+        ([], ValueError, r"shape \(3,\), got shape \(0,\)"),
+        (3, ValueError, r"shape \(3,\), got shape \(\)"),
+    ],
+)
+def test_bad_lengths(lengths, error, text):
+    for rnn in (make("lstm", 3, 4), make("gru", 3, 4), make("rnn_tanh", 3, 4)):
+        with pytest.raises(error, match=text):
+            rnn(torch.randn(7, 3, 3, dtype=torch.float64), lengths=lengths)
+
+
+@pytest.mark.parametrize(
+    ("reset", "error", "text"),
+    [
+        (torch.zeros(7, 3), TypeError, "reset must be a bool Tensor, got dtype torch.float32"),
+        (torch.zeros(7, 3, dtype=torch.uint8), TypeError, "got dtype torch.uint8"),
+        ([[True] * 3] * 7, TypeError, "got list"),
+        (torch.zeros(3, 7, dtype=torch.bool), ValueError, r"\(7, 3\), got \(3, 7\)"),
+        (torch.zeros(7, dtype=torch.bool), ValueError, r"\(7, 3\), got \(7,\)"),
+        (torch.zeros(7, 3, dtype=torch.bool, device="meta"), RuntimeError, "not at the same device"),
+    ],
+)
+def test_bad_reset(reset, error, text):
+    with pytest.raises(error, match=text):
+        make("lstm", 3, 4)(torch.randn(7, 3, 3, dtype=torch.float64), reset=reset)
+
+
+def test_reset_cuts_the_gradient():
+    rnn = make("lstm", 3, 4)
+    x = torch.randn(7, 2, 3, dtype=torch.float64, requires_grad=True)
+    reset = torch.zeros(7, 2, dtype=torch.bool)
+    reset[3, 0] = True
+    rnn(x, reset=reset)[0][-1].sum().backward()
+    assert (x.grad[:3, 0] == 0).all()
+    assert (x.grad[3:, 0] != 0).any()
+    assert (x.grad[:3, 1] != 0).any()
+
+
+@pytest.mark.parametrize("cell", MODULES)
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_packed_states(cell, enforce_sorted, bidirectional):
+    """A PackedSequence gives what lengths= give on the padded input, states included, and passes gradients."""
+    rnn = make(cell, 3, 9, 2, bidirectional=bidirectional)
+    lengths = [7, 5, 5, 1] if enforce_sorted else [5, 1, 7, 5]
+    x = torch.randn(7, 4, 3, dtype=torch.float64, requires_grad=True)
+    hx = random_hx(rnn, 4, requires_grad=True)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=enforce_sorted)
+    y, *rest = rnn(packed, hx, return_states=True)
+    assert y.sorted_indices is packed.sorted_indices
+    y, got = torch.nn.utils.rnn.pad_packed_sequence(y)
+    assert got.tolist() == lengths
+    result, wanted = [y, *flat(rest)], expected(rnn, x, hx, lengths)
+    assert_close(result, wanted)
+    inputs = [x, *flat([hx]), *rnn.parameters()]
+    assert_close(gradients(result, inputs), gradients(wanted, inputs))
+
+
+def test_packed_refuses_lengths_and_reset():
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
+    for rnn in (fastseq.LSTM(3, 4), fastseq.GRU(3, 4), fastseq.RNN(3, 4)):
+        with pytest.raises(ValueError, match="lengths cannot be given with a PackedSequence"):
+            rnn(packed, lengths=[4, 2])
+        with pytest.raises(ValueError, match="reset cannot be given with a PackedSequence"):
+            rnn(packed, reset=torch.zeros(4, 2, dtype=torch.bool))
+
+
+def test_results_share_no_memory():
+    for cell, requires_grad, batch_first in itertools.product(MODULES, [False, True], [False, True]):
+        rnn = make(cell, 3, 4, batch_first=batch_first)
+        x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=requires_grad)
+        for result in (rnn(x, return_states=True), rnn(x), rnn(x[:1], return_states=True)):
+            tensors = flat(result)
+            copies = [t.detach().clone() for t in tensors]
+            for i, tensor in enumerate(tensors):
+                tensor.add_(1)  # also: autograd allows it
+                copies[i] += 1
+                assert all(torch.equal(t, c) for t, c in zip(tensors, copies, strict=True))
+
+
+@pytest.mark.parametrize("cell", MODULES)
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_steps_give_the_sequence(cell, layers, frozen):
+    rnn = make(cell, 3, 9, layers)
+    if frozen:
+        fastseq.freeze(rnn)
+    x = torch.randn(7, 5, 3, dtype=torch.float64, requires_grad=True)
+    hx = random_hx(rnn, 5, requires_grad=True)
+    y, h_n, *_ = flat(rnn(x, hx))
+    state, outputs = hx, []
+    for x_t in x:
+        output, state = rnn.step(x_t, state)
+        outputs.append(output)
+    assert_close(torch.stack(outputs), y)
+    assert_close(flat([state])[0], h_n)
+    inputs = [x, *flat([hx]), *rnn.parameters()]
+    assert_close(gradients(outputs, inputs), gradients(list(y), inputs))
+    with torch.no_grad():
+        state = hx
+        for x_t, output in zip(x, outputs, strict=True):
+            again, state = rnn.step(x_t, state)
+            assert_close(again, output)
+        alone, state = rnn.step(x[0, 0])
+        assert alone.shape == (9,)
+        assert flat([state])[0].shape == (layers, 9)
+        assert_close(alone, rnn.step(x[0])[0][0])
+        alone, _ = rnn.step(x[1, 0], state)
+        assert_close(alone, rnn(x[:2, 0])[0][1])
+
+
+def test_step_keeps_a_float32_state_for_bfloat16():
+    for cell in MODULES:
+        rnn = make(cell, 3, 4, 2).bfloat16()
+        output, state = rnn.step(torch.randn(5, 3, dtype=torch.bfloat16))
+        assert output.dtype is torch.bfloat16
+        assert all(s.dtype is torch.float32 for s in flat([state]))
+        assert rnn.step(torch.randn(5, 3, dtype=torch.bfloat16), state)[0].dtype is torch.bfloat16
+        halves = tuple(s.bfloat16() for s in state) if cell == "lstm" else state.bfloat16()
+        _, state = rnn.step(torch.randn(5, 3, dtype=torch.bfloat16), halves)
+        assert all(s.dtype is torch.float32 for s in flat([state]))
+
+
+def test_step_errors():
+    lstm, gru = make("lstm", 3, 4), make("gru", 3, 4)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="step: a bidirectional LSTM"):
+        make("lstm", 3, 4, bidirectional=True).step(x)
+    with pytest.raises(ValueError, match="GRU: Expected input to be 1D or 2D, got 3D instead"):
+        gru.step(x[None])
+    with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size. Expected 3, got 2"):
+        gru.step(x[:, :2])
+    with pytest.raises(ValueError, match="RNN input dtype"):
+        gru.step(x.float())
+    with pytest.raises(RuntimeError, match=r"Expected hidden size \(1, 5, 4\), got \[1, 4, 4\]"):
+        gru.step(x, torch.zeros(1, 4, 4, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] size \(1, 5, 4\), got \[5, 4\]"):
+        lstm.step(x, (torch.zeros(1, 5, 4, dtype=torch.float64), torch.zeros(5, 4, dtype=torch.float64)))
+    with pytest.raises(RuntimeError, match="not the same dtype"):
+        gru.step(x, torch.zeros(1, 5, 4))
+    with pytest.raises(RuntimeError, match="state must be what LSTM returns"):
+        lstm.step(x, torch.zeros(1, 5, 4, dtype=torch.float64))
+    with pytest.raises(TypeError, match="x_t must be a Tensor, got list"):
+        gru.step([1.0, 2.0, 3.0])
