@@ -45,8 +45,8 @@ asan: $(READY)
 		-C build-dir=$(ASAN)/cmake -C cmake.define.FASTSEQ_SANITIZE=address,undefined
 	path=$$($(BIN)/python -c 'import sys; print(":".join(p for p in sys.path if p))') && \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=2 \
-	PYTHONPATH=$(ASAN)/site:$$path $(BIN)/python -P -S -m pytest
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=2 \
+	PYTHONPATH=$(ASAN)/site:$$path $(BIN)/python -P -S -m pytest --capture=sys
 
 clean:
 	rm -rf build dist $(READY) $(if $(VIRTUAL_ENV),,.venv)
