@@ -37,8 +37,8 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-# A build of its own beside the editable one. `python -S` on the whole of sys.path skips the hook of the editable
-# install, which would answer first; libstdc++ has to be there before the sanitizer looks for its symbols.
+# A build of its own beside the editable one. `python -P -S` on the whole of sys.path skips the hook of the editable
+# install and the source tree, which would answer first; libstdc++ has to be there before the sanitizer looks into it.
 ASAN := build/asan
 asan: $(READY)
 	$(PIP) install -q --no-build-isolation --no-deps --upgrade --target $(ASAN)/site . \
@@ -46,7 +46,7 @@ asan: $(READY)
 	path=$$($(BIN)/python -c 'import sys; print(":".join(p for p in sys.path if p))') && \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=2 \
-	PYTHONPATH=$(ASAN)/site:$$path $(BIN)/python -S -m pytest
+	PYTHONPATH=$(ASAN)/site:$$path $(BIN)/python -P -S -m pytest
 
 clean:
 	rm -rf build dist $(READY) $(if $(VIRTUAL_ENV),,.venv)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastseq import _native
+import fastseq._native as _native  # `from fastseq import` would not tell a missing module from a broken one
 from fastseq._native import Panels
 
 __all__ = [
