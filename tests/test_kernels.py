@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases import CELLS, LONG_SHAPES, SHAPES, Shape
+from cases import CELLS, LONG_SHAPES, SHAPES, Shape, error_rule
 
 from fastseq import backends
 from fastseq.verify import Case, judge, kernel_results, make_inputs, reference_results, torch_results
@@ -25,13 +25,13 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def check(cell: str, case: Case, dtype: str, isas=None) -> None:
+def check(cell: str, case: Case, dtype: str, isas=None, rule=judge) -> None:
     inputs = make_inputs(cell, case, getattr(torch, dtype))
     exact = np.longdouble if dtype == "float64" else np.float64
     reference, yardstick = reference_results(cell, case, inputs, exact), torch_results(cell, case, inputs)
     for isa in isas or native.isas():
         for kernel, results in kernel_results(native, cell, case, inputs, isa):
-            verdict = judge(results, yardstick, reference, dtype)
+            verdict = rule(results, {name: yardstick[name] for name in results}, reference, dtype)
             assert verdict.ok, f"{kernel}, {isa}, {case}: {verdict}"
 
 
@@ -45,7 +45,9 @@ def test_plain(cell, shape, dtype, threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{"lengths": True}, {"packed": True}, {"reset": True}, {"lengths": True, "reset": True}])
+@pytest.mark.parametrize(
+    "options", [{"lengths": True}, {"packed": True}, {"reset": True}, {"lengths": True, "reset": True}]
+)
 @pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_variable_length_and_resets(cell, reverse, options, dtype, threads):
@@ -57,7 +59,10 @@ def test_variable_length_and_resets(cell, reverse, options, dtype, threads):
 @pytest.mark.parametrize("shape", LONG_SHAPES, ids=lambda shape: shape.id)
 @pytest.mark.parametrize("cell", CELLS)
 def test_long(cell, shape, dtype):
-    check(cell, Case(shape.T, shape.B, shape.I, shape.H), dtype, [native.active_isa()])
+    """By the bare rule: over 2000 steps torch sums bfloat16 gradients in bfloat16, and its error there (66 of 5000 for
+    the relu cell, where ours is 3) is what `judge` would take for a broken comparison.
+    """
+    check(cell, Case(shape.T, shape.B, shape.I, shape.H), dtype, [native.active_isa()], error_rule)
 
 
 @pytest.mark.parametrize("cell", CELLS)
