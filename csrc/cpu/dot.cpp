@@ -24,14 +24,13 @@ FASTSEQ_INLINE void dot_tile(const S* const (&w)[NR], const S* const (&a)[MR], i
   int64_t k = 0;
   for (; k + V::kLanes <= depth; k += V::kLanes) step([k](const S* p) { return load(p + k); });
   if (k < depth) step([k, depth](const S* p) { return load_first(p + k, depth - k); });
-  FASTSEQ_UNROLL for (int m = 0; m < MR; ++m)
-      sum_lanes(reinterpret_cast<V(&)[NR]>(acc[m * NR]), sums + m * NR);
+  FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) sum_lanes(reinterpret_cast<V(&)[NR]>(acc[m * NR]), sums + m * NR);
 }
 
 // out[m * row_stride + u] = bias[u] + dot(w + u * depth, rows[m]) for `units` <= lanes rows of w. bias may be null.
 template <int NR, int MR, class S>
-void dot_column(const S* const* rows, int64_t depth, const S* w, const S* bias,
-                                          int64_t units, Compute<S>* out, int64_t row_stride) {
+void dot_column(const S* const* rows, int64_t depth, const S* w, const S* bias, int64_t units, Compute<S>* out,
+                int64_t row_stride) {
   const S* a[MR];
   FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) a[m] = rows[m];
   for (int64_t first = 0; first < units; first += NR) {
@@ -51,8 +50,8 @@ void dot_column(const S* const* rows, int64_t depth, const S* w, const S* bias,
 }  // namespace
 
 template <class S>
-void dot_rows(const S* const* rows, int64_t count, int64_t depth, const S* w, const S* bias,
-                             int64_t units, Compute<S>* out, int64_t row_stride) {
+void dot_rows(const S* const* rows, int64_t count, int64_t depth, const S* w, const S* bias, int64_t units,
+              Compute<S>* out, int64_t row_stride) {
   constexpr int kMostRows = kRegisters * 3 / 4 / 4;
   if (count == 1) {
     constexpr int kWeightRows = kLanes<Compute<S>> < 8 ? kLanes<Compute<S>> : 8;
@@ -60,8 +59,8 @@ void dot_rows(const S* const* rows, int64_t count, int64_t depth, const S* w, co
   }
   for (int64_t m = 0; m < count; m += kMostRows)
     with_constant<kMostRows>(min(kMostRows, count - m), [&](auto mr) {
-      dot_column<kLanes<Compute<S>> < 4 ? 2 : 4, decltype(mr)::value>(rows + m, depth, w, bias, units,
-                                                                      out + m * row_stride, row_stride);
+      dot_column < kLanes<Compute<S>>
+          <4 ? 2 : 4, decltype(mr)::value>(rows + m, depth, w, bias, units, out + m * row_stride, row_stride);
     });
 }
 

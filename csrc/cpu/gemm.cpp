@@ -6,29 +6,25 @@ namespace fastseq::FASTSEQ_ISA {
 
 namespace {
 
-// out[m][p] = bias[p] + A B for MR rows and NP panels, in blocks of K.
-// a: row pointers. panels: NP panels of (panel_depth, NV vectors). bias: NP * NV vectors. out: row and panel strides.
+// One tile of multiply_rows over the block of K that starts at k0: out[m][p] = bias[p] + A B for the first block, else
+// out[m][p] += A B.
 template <int MR, int NP, int NV, class S>
-void multiply_panels(const S* const* rows, int64_t depth,
-                                               const typename PanelOf<S>::Element* panels, int64_t panel_stride,
-                                               const Compute<S>* bias, Compute<S>* out, int64_t row_stride,
-                                               int64_t out_panel_stride) {
+void multiply_panels(const S* const* rows, int64_t k0, int64_t depth, const typename PanelOf<S>::Element* panels,
+                     int64_t panel_stride, const Compute<S>* bias, Compute<S>* out, int64_t row_stride,
+                     int64_t out_panel_stride) {
   using V = Vec<Compute<S>>;
   constexpr int lanes = V::kLanes, step = NV * lanes;
   const S* a[MR];
-  FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) a[m] = rows[m];
-  for (int64_t k0 = 0; k0 < depth; k0 += kBlock) {
-    V acc[MR][NP * NV];
-    FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) FASTSEQ_UNROLL for (int j = 0; j < NP * NV; ++j) acc[m][j] = V(0);
-    accumulate<MR, NP, NV>(min(kBlock, depth - k0), a, 1, panels + k0 / PanelOf<S>::kDepth * step, panel_stride, step,
-                           acc);
-    FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) {
-      a[m] += kBlock;
-      FASTSEQ_UNROLL for (int j = 0; j < NP * NV; ++j) {
-        Compute<S>* c = out + m * row_stride + (j / NV) * out_panel_stride + (j % NV) * lanes;
-        store(c, (k0 == 0 ? load(bias + j * lanes) : load(c)) + acc[m][j]);
-      }
-    }
+  V acc[MR][NP * NV];
+  FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) {
+    a[m] = rows[m] + k0;
+    FASTSEQ_UNROLL for (int j = 0; j < NP * NV; ++j) acc[m][j] = V(0);
+  }
+  accumulate<MR, NP, NV>(min(kBlock, depth - k0), a, 1, panels + k0 / PanelOf<S>::kDepth * step, panel_stride, step,
+                         acc);
+  FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) FASTSEQ_UNROLL for (int j = 0; j < NP * NV; ++j) {
+    Compute<S>* c = out + m * row_stride + (j / NV) * out_panel_stride + (j % NV) * lanes;
+    store(c, (k0 == 0 ? load(bias + j * lanes) : load(c)) + acc[m][j]);
   }
 }
 
@@ -38,8 +34,8 @@ template <class S>
 FASTSEQ_INLINE void load_transposed(const S* w, int64_t stride, int64_t units, int64_t depth,
                                     Vec<Compute<S>> (&rows)[kLanes<Compute<S>>]) {
   constexpr int lanes = kLanes<Compute<S>>;
-  FASTSEQ_UNROLL for (int u = 0; u < lanes; ++u)
-      rows[u] = u < units ? load_first(w + u * stride, depth) : Vec<Compute<S>>(0);
+  FASTSEQ_UNROLL for (int u = 0; u < lanes; ++u) rows[u] =
+      u < units ? load_first(w + u * stride, depth) : Vec<Compute<S>>(0);
   transpose(rows);
 }
 
@@ -66,18 +62,25 @@ void pack_column(const S* w, int64_t stride, int64_t units, int64_t depth, typen
   }
 }
 
-// One row runs two panels at once where there are two: 4 chains of FMAs alone would wait for each other (latency 4, two
-// per cycle).
+// Rows run inside blocks of K, so that a block of the panel is read from L1 or L2 by all of them. One row runs two
+// panels at once where there are two: 4 chains of FMAs alone would wait for each other (latency 4, two per cycle).
 template <int NV, class S>
 void multiply_rows(const S* const* rows, int64_t count, int panel_count, int64_t depth,
                    const typename PanelOf<S>::Element* panels, int64_t panel_stride, const Compute<S>* bias,
                    Compute<S>* out, int64_t row_stride, int64_t out_panel_stride) {
-  if (panel_count == 2)
-    return multiply_panels<1, 2, NV, S>(rows, depth, panels, panel_stride, bias, out, row_stride, out_panel_stride);
-  with_constant<rows_for(NV)>(count, [&](auto mr) {
-    multiply_panels<decltype(mr)::value, 1, NV, S>(rows, depth, panels, panel_stride, bias, out, row_stride,
-                                                   out_panel_stride);
-  });
+  const EvenSplit split(count, rows_for(NV));
+  for (int64_t k0 = 0; k0 < depth; k0 += kBlock) {
+    if (panel_count == 2) {
+      multiply_panels<1, 2, NV, S>(rows, k0, depth, panels, panel_stride, bias, out, row_stride, out_panel_stride);
+      continue;
+    }
+    for (int64_t part = 0; part < split.parts; ++part)
+      with_constant<rows_for(NV)>(split.count(part), [&](auto mr) {
+        const int64_t m = split.begin(part);
+        multiply_panels<decltype(mr)::value, 1, NV, S>(rows + m, k0, depth, panels, panel_stride, bias,
+                                                       out + m * row_stride, row_stride, out_panel_stride);
+      });
+  }
 }
 
 namespace {
@@ -152,11 +155,11 @@ void multiply_outer(int64_t count, int64_t depth, const T* gates, int64_t gate_s
   });
 }
 
-#define FASTSEQ_INSTANTIATE(S)                                                                                     \
-  template void pack_column<S>(const S*, int64_t, int64_t, int64_t, PanelOf<S>::Element*, int64_t);                 \
-  template void multiply_rows<3, S>(const S* const*, int64_t, int, int64_t, const PanelOf<S>::Element*, int64_t,    \
-                                    const Compute<S>*, Compute<S>*, int64_t, int64_t);                              \
-  template void multiply_rows<4, S>(const S* const*, int64_t, int, int64_t, const PanelOf<S>::Element*, int64_t,    \
+#define FASTSEQ_INSTANTIATE(S)                                                                                   \
+  template void pack_column<S>(const S*, int64_t, int64_t, int64_t, PanelOf<S>::Element*, int64_t);              \
+  template void multiply_rows<3, S>(const S* const*, int64_t, int, int64_t, const PanelOf<S>::Element*, int64_t, \
+                                    const Compute<S>*, Compute<S>*, int64_t, int64_t);                           \
+  template void multiply_rows<4, S>(const S* const*, int64_t, int, int64_t, const PanelOf<S>::Element*, int64_t, \
                                     const Compute<S>*, Compute<S>*, int64_t, int64_t);
 FASTSEQ_INSTANTIATE(float)
 FASTSEQ_INSTANTIATE(double)

@@ -21,7 +21,8 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // `n` items in the fewest even parts of at most `most`.
 struct EvenSplit {
   int64_t parts, size, larger;
-  EvenSplit(int64_t n, int64_t most) : parts(ceil_div(n, most)), size(parts ? n / parts : 0), larger(n - parts * size) {}
+  EvenSplit(int64_t n, int64_t most)
+      : parts(ceil_div(n, most)), size(parts ? n / parts : 0), larger(n - parts * size) {}
   int64_t begin(int64_t part) const { return part * size + min(part, larger); }
   int64_t count(int64_t part) const { return size + (part < larger); }
 };
@@ -48,7 +49,7 @@ template <class S>
 void pack_column(const S* w, int64_t stride, int64_t units, int64_t depth, typename PanelOf<S>::Element* out,
                  int64_t step);
 
-// out[m][p] = bias[p] + A B for `count` <= rows_for(NV) rows and NP panels, NP being 2 only if count is 1.
+// out[m][p] = bias[p] + A B for `count` rows and NP panels, NP being 2 only if count is 1.
 // rows: row pointers of A. panels: (panel_depth, NV vectors) each. bias: NP * NV vectors.
 template <int NV, class S>
 void multiply_rows(const S* const* rows, int64_t count, int panel_count, int64_t depth,

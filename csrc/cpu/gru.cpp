@@ -4,8 +4,7 @@
 
 namespace fastseq::FASTSEQ_ISA {
 
-extern const RecurrentKernels kGruKernels[kDtypes] = {recurrent_kernels<Gru, float>(),
-                                                       recurrent_kernels<Gru, double>(),
-                                                       recurrent_kernels<Gru, BFloat16>()};
+extern const RecurrentKernels kGruKernels[kDtypes] = {recurrent_kernels<Gru, float>(), recurrent_kernels<Gru, double>(),
+                                                      recurrent_kernels<Gru, BFloat16>()};
 
 }  // namespace fastseq::FASTSEQ_ISA

@@ -23,7 +23,6 @@ struct Layout {
   static constexpr int kTile = Cell::kTerms * kVectors;  // vectors of a panel
   static constexpr int kWidth = Cell::kTerms * kUnits;   // columns of a panel
   static constexpr int kSavedWidth = Cell::kSlots * kUnits;
-  static constexpr int kRows = rows_for(kTile);
   static constexpr bool kHasCarry = Cell::kCarry != Carry::kNone;
 
   int64_t I, H, panels;
@@ -39,11 +38,17 @@ struct Layout {
   int64_t panels_bytes() const { return 2 * bias_bytes() + matrix_bytes(I) + matrix_bytes(H); }
 
   template <class P>
-  auto input_bias(P* base) const { return (copy_const<P, T>*)base; }
+  auto input_bias(P* base) const {
+    return (copy_const<P, T>*)base;
+  }
   template <class P>
-  auto recurrent_bias(P* base) const { return (copy_const<P, T>*)((copy_const<P, char>*)base + bias_bytes()); }
+  auto recurrent_bias(P* base) const {
+    return (copy_const<P, T>*)((copy_const<P, char>*)base + bias_bytes());
+  }
   template <class P>
-  auto input_panels(P* base) const { return (copy_const<P, Element>*)((copy_const<P, char>*)base + 2 * bias_bytes()); }
+  auto input_panels(P* base) const {
+    return (copy_const<P, Element>*)((copy_const<P, char>*)base + 2 * bias_bytes());
+  }
   template <class P>
   auto recurrent_panels(P* base) const {
     return (copy_const<P, Element>*)((copy_const<P, char>*)base + 2 * bias_bytes() + matrix_bytes(I));

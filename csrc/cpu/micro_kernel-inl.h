@@ -21,8 +21,8 @@ FASTSEQ_INLINE void accumulate(int64_t depth, const T* const (&a)[MR], int64_t a
                                int64_t b_step, Vec<T> (&acc)[MR][NP * NV]) {
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> column[NP * NV];
-    FASTSEQ_UNROLL for (int j = 0; j < NP * NV; ++j)
-        column[j] = load(b + (j / NV) * b_panel + k * b_step + (j % NV) * kLanes<T>);
+    FASTSEQ_UNROLL for (int j = 0; j < NP * NV; ++j) column[j] =
+        load(b + (j / NV) * b_panel + k * b_step + (j % NV) * kLanes<T>);
     FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) {
       const Vec<T> scalar(a[m][k * a_step]);
       FASTSEQ_UNROLL for (int j = 0; j < NP * NV; ++j) acc[m][j] = fma(scalar, column[j], acc[m][j]);

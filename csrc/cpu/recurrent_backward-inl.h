@@ -22,8 +22,8 @@ struct TransposedWeights {
   using T = typename L::T;
 
   const L& layout;
-  const S* w;    // (G*H, N), as torch lays it out
-  T* packed;     // (vectors of N, K, lanes), or null: w is read in place
+  const S* w;  // (G*H, N), as torch lays it out
+  T* packed;   // (vectors of N, K, lanes), or null: w is read in place
 
   int64_t columns() const { return kInput ? layout.I : layout.H; }
   int64_t vectors() const { return ceil_div(columns(), L::kLanes); }
@@ -75,8 +75,8 @@ struct TransposedWeights {
       product.b_vector = L::kLanes;
       product.b_step = columns();
     }
-    product.multiply(slots + (kInput ? Cell::kInputSlot : Cell::kRecurrentSlot) * L::kUnits, count, q_begin, q_end,
-                     out, out_stride);
+    product.multiply(slots + (kInput ? Cell::kInputSlot : Cell::kRecurrentSlot) * L::kUnits, count, q_begin, q_end, out,
+                     out_stride);
   }
 };
 
@@ -136,9 +136,9 @@ class Backward {
 
   void work(const Team& team) {
     const Partition partition(p, layout, team.size);
-    const Slice slice = partition.slice(team.rank, team.size), share = {layout.panels * team.rank / team.size,
-                                                                        layout.panels * (team.rank + 1) / team.size,
-                                                                        0, p.batch};
+    const Slice slice = partition.slice(team.rank, team.size),
+                share = {layout.panels * team.rank / team.size, layout.panels * (team.rank + 1) / team.size, 0,
+                         p.batch};
     for (int64_t panel = share.panel_begin; panel < share.panel_end; ++panel) {
       if (w_hh_.packed) w_hh_.pack(panel);
       if (w_ih_.packed) w_ih_.pack(panel);
@@ -158,9 +158,7 @@ class Backward {
     weight_gradients(team);
   }
 
-  int64_t last_vector(const Slice& slice) const {
-    return min(w_hh_.vectors(), slice.panel_end * L::kVectors);
-  }
+  int64_t last_vector(const Slice& slice) const { return min(w_hh_.vectors(), slice.panel_end * L::kVectors); }
   T* dh_row(int64_t b) const { return dh_ + b * width_; }
   T* dcarry_row(int64_t panel, int64_t b) const { return dcarry_ + (panel * p.batch + b) * L::kUnits; }
   T* slots(int64_t panel, int64_t row) const { return layout.saved_slots(p.saved, rows_, panel, row); }
@@ -214,8 +212,10 @@ class Backward {
           if constexpr (L::kHasCarry) {
             s.carry = load(carry + lane);
             if (!cut) {
-              if (!first) s.carry_before = load(before + lane);
-              else if (initial.data) s.carry_before = load_state<S>(p, initial, index, unit, n);
+              if (!first)
+                s.carry_before = load(before + lane);
+              else if (initial.data)
+                s.carry_before = load_state<S>(p, initial, index, unit, n);
             }
             s.dcarry = load(dcarry_row(panel, b) + lane);
             if (p.dc_all.data)
@@ -261,7 +261,11 @@ class Backward {
 
   void weight_gradients(const Team& team) const {
     const auto wanted = [&](void* dw, void* db, bool input) {
-      WeightGradient<Cell, S> gradient{layout, schedule, hidden_, rows_, sums_,
+      WeightGradient<Cell, S> gradient{layout,
+                                       schedule,
+                                       hidden_,
+                                       rows_,
+                                       sums_,
                                        pointers_ + team.rank * kBlock,
                                        packed_ + team.rank * WeightGradient<Cell, S>::packed_elements()};
       if (dw) gradient.weights(team, input, (S*)dw);

@@ -37,6 +37,8 @@ class Forward {
 
  private:
   static constexpr int64_t kHoistBelow = 8, kHoistRows = 128;
+  // Rows whose terms are kept between the products and the cell, in the L1 cache.
+  static constexpr int64_t kTileRows = 48;
 
   Forward(const RecurrentParams& params, const L& l, int64_t chunk, void* carry, void* hoisted, void* pointers,
           void* starts, void* h_0)
@@ -102,13 +104,12 @@ class Forward {
     int64_t total = 0;
     for (int64_t s = s0; s < s1; ++s) {
       const int64_t t = schedule.time(s), count = active(slice, t);
-      for (int64_t b = 0; b < count; ++b)
-        rows[total++] = schedule.template row<const S>(p.x, t, slice.row_begin + b);
+      for (int64_t b = 0; b < count; ++b) rows[total++] = schedule.template row<const S>(p.x, t, slice.row_begin + b);
     }
     return total;
   }
 
-  // Terms W a + bias of `count` <= kRows rows in `n` panels (2 only if count is 1), from packed or plain weights.
+  // Terms W a + bias of `count` rows in `n` panels (2 only if count is 1), from packed or plain weights.
   template <bool kInput>
   FASTSEQ_INLINE void terms(const S* const* rows, int64_t count, int64_t panel, int n, T* out,
                             int64_t panel_stride) const {
@@ -123,8 +124,7 @@ class Forward {
     const S *w = (const S*)(kInput ? p.w_ih : p.w_hh), *bias = (const S*)(kInput ? p.b_ih : p.b_hh);
     for (int i = 0; i < n; ++i) {
       // Units beyond H must be finite, as packed panels leave them.
-      if (layout.units(panel + i) < L::kUnits)
-        std::memset(out + i * panel_stride, 0, count * L::kWidth * sizeof(T));
+      if (layout.units(panel + i) < L::kUnits) std::memset(out + i * panel_stride, 0, count * L::kWidth * sizeof(T));
       for (int term = 0; term < Cell::kTerms; ++term)
         for (int64_t lane = 0; lane < layout.units(panel + i); lane += L::kLanes) {
           const int gate = kInput ? Cell::input_gate(term) : Cell::recurrent_gate(term);
@@ -137,22 +137,18 @@ class Forward {
   }
 
   // The input terms of a chunk: (panels, chunk rows, kWidth), each panel of a slice in its own place.
-  T* hoisted_terms(int64_t panel, int64_t row) const {
-    return hoisted_ + (panel * chunk_ * p.batch + row) * L::kWidth;
-  }
+  T* hoisted_terms(int64_t panel, int64_t row) const { return hoisted_ + (panel * chunk_ * p.batch + row) * L::kWidth; }
 
   void hoist_inputs(const Slice& slice, int64_t total, const S* const* rows) const {
-    const EvenSplit split(total, L::kRows);
     for (int64_t panel = slice.panel_begin; panel < slice.panel_end; ++panel)
-      for (int64_t part = 0; part < split.parts; ++part)
-        terms<true>(rows + split.begin(part), split.count(part), panel, 1, hoisted_terms(panel, split.begin(part)), 0);
+      terms<true>(rows, total, panel, 1, hoisted_terms(panel, 0), 0);
   }
 
   void step(const Slice& slice, int64_t t, int64_t chunk_row, const S** x_rows, const S** h_rows) {
-    alignas(64) T input_terms[max(2, L::kRows) * L::kWidth], recurrent_terms[max(2, L::kRows) * L::kWidth];
+    alignas(64) T input_terms[kTileRows * L::kWidth], recurrent_terms[kTileRows * L::kWidth];
     const int64_t count = active(slice, t);
     for (int64_t b = 0; b < count; ++b) h_rows[b] = hidden_.before(t, slice.row_begin + b);
-    const EvenSplit split(count, L::kRows);
+    const EvenSplit split(count, kTileRows);
     for (int64_t panel = slice.panel_begin; panel < slice.panel_end;) {
       const int n = count == 1 && panel + 1 < slice.panel_end ? 2 : 1;
       for (int64_t part = 0; part < split.parts; ++part) {
@@ -220,8 +216,8 @@ void pack_panels(const RecurrentParams& p, void* panels) {
   const auto work = [](void* pointer, const Team& team) {
     const auto& [p, layout, panels] = *(const Context*)pointer;
     const auto pack = [&, &p = p, &layout = layout](int64_t panel, const void* weights, const void* biases,
-                                                    int64_t depth, int (*gate_of)(int),
-                                                    typename L::Element* out, typename L::T* bias_out) {
+                                                    int64_t depth, int (*gate_of)(int), typename L::Element* out,
+                                                    typename L::T* bias_out) {
       for (int term = 0; term < Cell::kTerms; ++term)
         for (int64_t lane = 0; lane < L::kUnits; lane += L::kLanes) {
           const int64_t row = gate_of(term) * layout.H + panel * L::kUnits + lane;
@@ -232,12 +228,14 @@ void pack_panels(const RecurrentParams& p, void* panels) {
     };
     for (int64_t panel = layout.panels * team.rank / team.size; panel < layout.panels * (team.rank + 1) / team.size;
          ++panel) {
-      pack(panel, p.w_ih, p.b_ih, layout.I, [](int i) { return Cell::input_gate(i); },
-           layout.input_panels(panels) + panel * layout.panel_stride(layout.I),
-           layout.input_bias(panels) + panel * L::kWidth);
-      pack(panel, p.w_hh, p.b_hh, layout.H, [](int i) { return Cell::recurrent_gate(i); },
-           layout.recurrent_panels(panels) + panel * layout.panel_stride(layout.H),
-           layout.recurrent_bias(panels) + panel * L::kWidth);
+      pack(
+          panel, p.w_ih, p.b_ih, layout.I, [](int i) { return Cell::input_gate(i); },
+          layout.input_panels(panels) + panel * layout.panel_stride(layout.I),
+          layout.input_bias(panels) + panel * L::kWidth);
+      pack(
+          panel, p.w_hh, p.b_hh, layout.H, [](int i) { return Cell::recurrent_gate(i); },
+          layout.recurrent_panels(panels) + panel * layout.panel_stride(layout.H),
+          layout.recurrent_bias(panels) + panel * L::kWidth);
     }
   };
   const int64_t bytes = context.layout.panels_bytes();

@@ -1,7 +1,8 @@
 // exp, sigmoid and tanh for any lane type. Relative accuracy about 2.5 units in the last place; NaN gives NaN.
 //
-// exp(x) - 1 = 2^n (e^r - 1) + (2^n - 1) with n = round(x / ln 2) and |r| <= ln(2) / 2. The Taylor polynomial of e^r - 1
-// to degree 7 (float: truncation 1.5e-8) or 13 (double: 1.2e-17) needs as many terms as a minimax one of the same error.
+// exp(x) - 1 = 2^n (e^r - 1) + (2^n - 1) with n = round(x / ln 2) and |r| <= ln(2) / 2. The Taylor polynomial of e^r -
+// 1 to degree 7 (float: truncation 1.5e-8) or 13 (double: 1.2e-17) needs as many terms as a minimax one of the same
+// error.
 #pragma once
 
 #include "simd.h"

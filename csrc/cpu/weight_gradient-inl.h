@@ -1,7 +1,7 @@
 // dW = dG^T A and db = the sum of dG over all rows (t, b), A being the inputs or the hidden states before each step.
 //
-// K runs over rows in blocks of kBlock. A block of kColumns vectors of A is copied next to each other, which makes it an
-// L1-resident panel for all gates that the thread owns; the gates are read where they lie.
+// K runs over rows in blocks of kBlock. A block of kColumns vectors of A is copied next to each other, which makes it
+// an L1-resident panel for all gates that the thread owns; the gates are read where they lie.
 #pragma once
 
 #include "layout-inl.h"
@@ -36,7 +36,9 @@ struct WeightGradient {
     const int64_t blocks = ceil_div(vectors, kColumns);
     // Split over panels, or over columns where there are too few panels.
     const bool by_panels = layout.panels >= team.size;
-    const auto share = [&](int64_t n, bool split, int end) { return split ? n * (team.rank + end) / team.size : n * end; };
+    const auto share = [&](int64_t n, bool split, int end) {
+      return split ? n * (team.rank + end) / team.size : n * end;
+    };
     const int64_t panel_begin = share(layout.panels, by_panels, 0), panel_end = share(layout.panels, by_panels, 1);
     const int64_t block_begin = share(blocks, !by_panels, 0), block_end = share(blocks, !by_panels, 1);
     T* out = std::is_same_v<S, T> ? (T*)dw : sums;
@@ -50,8 +52,7 @@ struct WeightGradient {
       }
       for (int64_t block = block_begin; block < block_end; ++block) {
         const int64_t u = block * kColumns * L::kLanes;
-        for (int64_t k = 0; k < depth; ++k)
-          FASTSEQ_UNROLL for (int j = 0; j < kColumns; ++j) {
+        for (int64_t k = 0; k < depth; ++k) FASTSEQ_UNROLL for (int j = 0; j < kColumns; ++j) {
             const int64_t left = columns - u - j * L::kLanes;
             store(packed + (k * kColumns + j) * L::kLanes,
                   left > 0 ? load_first(pointers[k] + u + j * L::kLanes, left) : V(0));

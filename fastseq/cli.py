@@ -1,0 +1,107 @@
+"""The command `fastseq` (also `python -m fastseq`): info, verify, demo."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from fastseq import info, verify
+from fastseq.char_lm import LAYERS, TextError
+
+USAGE_ERROR = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: error: {message}\n")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
+    return int(text)
+
+
+def _parser() -> _Parser:
+    parser = _Parser("fastseq", description="Fused RNN, LSTM and GRU kernels behind torch.nn's own interface.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,verify,demo}")
+
+    commands.add_parser("info", help="what is installed, which kernels are active, and why the others are not")
+
+    check = commands.add_parser("verify", help="every kernel against the float64 reference; exit code 1 on a failure")
+    for name, choices in {"cell": verify.CELLS, "dtype": verify.DTYPES, "isa": info.ISA_FLAGS}.items():
+        text = f"only this one, may be given several times: {', '.join(choices)}"
+        check.add_argument(f"--{name}", action="append", choices=tuple(choices), metavar=name.upper(), help=text)
+
+    demo = commands.add_parser("demo", help="a language model on real text, by torch.nn and after fuse(): both speeds")
+    demo.add_argument("--text", type=Path, metavar="FILE", help="default: the sources of this Python's library")
+    demo.add_argument("--cell", choices=tuple(LAYERS), default="lstm", help="default: %(default)s")
+    demo.add_argument("--steps", type=_count, default=200, metavar="N", help="training steps, default: %(default)s")
+    demo.add_argument(
+        "--output", type=Path, default=Path("fastseq-demo.png"), metavar="PNG", help="default: %(default)s"
+    )
+    for command in (check, demo):
+        command.add_argument("--threads", type=_count, metavar="N", help="default: torch's own choice")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 1 for a failed check, or 2 for a wrong call, told in one line."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    return {"info": _info, "verify": _verify, "demo": _demo}[options.command](options)
+
+
+def _info(options: argparse.Namespace) -> int:
+    return info.run()
+
+
+def _verify(options: argparse.Namespace) -> int:
+    if error := _missing("rich"):
+        return _refuse("verify", error)
+    _use_threads(options.threads)
+    try:
+        return verify.run(options.cell, options.dtype, options.isa)
+    except verify.NothingToVerify as error:
+        return _refuse("verify", str(error))
+
+
+def _demo(options: argparse.Namespace) -> int:
+    folder = options.output.parent
+    if error := _missing("rich", "matplotlib"):
+        return _refuse("demo", error)
+    if options.output.suffix.lower() != ".png":
+        return _refuse("demo", f"--output must end in .png, got {options.output}")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return _refuse("demo", f"cannot write {options.output}: {folder} is not a writable folder")
+    from fastseq import demo  # not at the top: it needs the extra
+
+    _use_threads(options.threads)
+    try:
+        return demo.run(options.text, options.cell, options.steps, options.output)
+    except TextError as error:
+        return _refuse("demo", str(error))
+
+
+def _missing(*modules: str) -> str:
+    missing = " and ".join(name for name in modules if find_spec(name) is None)
+    return missing and f"needs {missing} of the extra `cli`: pip install '.[cli]' in the folder of the clone"
+
+
+def _refuse(command: str, message: str) -> int:
+    print(f"fastseq {command}: error: {message}", file=sys.stderr)
+    return USAGE_ERROR
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)

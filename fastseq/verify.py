@@ -1,0 +1,459 @@
+"""Every kernel of this machine against the float64 reference: what `fastseq verify` runs.
+
+One layer in one direction at a time, straight at the backend, so that nothing can fall back to torch unseen. Per case:
+forward of the inference kernels with packed weights and with the weights as they are, then forward and all gradients
+of the training kernels. The rule is that of `fastseq.reference.error_rule`: as exact as torch's own result up to a
+factor of two and the last bits. float64 kernels are held against the reference run in longdouble.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import product
+
+import numpy as np
+import torch
+from fastseq.reference.error_rule import EPS, Verdict, error_rule
+from fastseq.reference.torch_layout import GATES, recurrent_forward_backward
+from torch import Tensor
+
+from fastseq.info import load_kernels
+
+CELLS = tuple(GATES)
+SHOWN_FAILURES = 4  # per row of the table
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+class NothingToVerify(RuntimeError):
+    """This machine has no kernel of the kind that was asked for."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and options of one run."""
+
+    steps: int
+    batch: int
+    input_size: int
+    hidden_size: int
+    bias: bool = True
+    reverse: bool = False
+    lengths: bool = False  # of every size from 0 to T, unsorted
+    packed: bool = False  # the layout of a PackedSequence; its lengths are at least 1
+    reset: bool = False
+    float_state: bool = False  # bfloat16 only: states in float32
+    scale: float = 1.0  # of x: large ones drive the gates into saturation
+
+    def __str__(self) -> str:
+        options = [name for name in ("reverse", "lengths", "packed", "reset", "float_state") if getattr(self, name)]
+        options += [] if self.bias else ["bias=False"]
+        options += [] if self.scale == 1 else [f"x * {self.scale:g}"]
+        sizes = f"T={self.steps} B={self.batch} I={self.input_size} H={self.hidden_size}"
+        return ", ".join([sizes, *options])
+
+    @property
+    def every_cell_state(self) -> bool:
+        """Whether an LSTM returns all its cell states, and takes gradients for them."""
+        return (self.lengths or self.reset) and not self.packed
+
+
+# Odd and even, one and many, below and above the widest vector, and one sum that is longer than a block of 256.
+SHAPES = ((1, 1, 1, 1), (1, 1, 64, 64), (1, 7, 5, 63), (5, 1, 65, 33), (6, 3, 63, 65), (4, 33, 32, 64), (9, 8, 7, 16))
+LONG_SUMS = (3, 2, 300, 257)
+
+
+def cases(dtype: str) -> Iterator[Case]:
+    """The default set for a dtype."""
+    for shape in SHAPES:
+        plain = Case(*shape)
+        yield plain
+        yield replace(plain, reverse=True)
+        yield replace(plain, lengths=True)
+        yield replace(plain, reset=True, bias=False)
+        yield replace(plain, packed=True, reverse=True)
+        yield replace(plain, lengths=True, reset=True, reverse=True)
+        if dtype == "bfloat16":
+            yield replace(plain, float_state=True)
+    yield Case(*LONG_SUMS)
+    yield Case(*LONG_SUMS, lengths=True, reset=True)
+    yield Case(12, 5, 31, 48, scale=40.0)
+    yield Case(40, 2, 17, 24)
+    if dtype != "float64":  # large enough for a team of threads, too large for longdouble
+        yield Case(20, 32, 64, 256)
+
+
+@dataclass
+class Inputs:
+    """What a run takes. Every value is representable in the kernels' dtype, so that all sides see the same numbers."""
+
+    x: Tensor  # (T, B, I)
+    h_0: Tensor  # (B, H)
+    c_0: Tensor | None  # lstm only, as dc_n and dc_all
+    weights: tuple[Tensor | None, ...]
+    dy: Tensor  # (T, B, H)
+    dh_n: Tensor
+    dc_n: Tensor | None
+    dc_all: Tensor | None
+    lengths: Tensor | None  # (B,)
+    reset: Tensor | None  # (T, B)
+
+    @property
+    def active(self) -> Tensor:
+        """(T, B), False at padding."""
+        steps, batch = self.x.shape[:2]
+        if self.lengths is None:
+            return torch.ones(steps, batch, dtype=torch.bool)
+        return torch.arange(steps)[:, None] < self.lengths
+
+    @property
+    def order(self) -> Tensor:
+        """(B,) the rows by falling length."""
+        return self.lengths.argsort(descending=True, stable=True)
+
+
+def make_inputs(cell: str, case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
+    """Random inputs of a case, rounded to `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+    T, B, H = case.steps, case.batch, case.hidden_size
+    gates, lstm = GATES[cell] * H, cell == "lstm"
+
+    def normal(*shape, scale=1.0):
+        return (scale * torch.randn(*shape, generator=generator)).to(dtype)
+
+    lengths = None
+    if case.lengths or case.packed:
+        shortest = 1 if case.packed else 0
+        lengths = torch.randint(shortest, T + 1, (B,), generator=generator)
+        lengths[torch.randint(B, (1,), generator=generator)] = T
+    x = normal(T, B, case.input_size, scale=case.scale)
+    w_ih, w_hh = normal(gates, case.input_size, scale=case.input_size**-0.5), normal(gates, H, scale=H**-0.5)
+    biases = (normal(gates, scale=0.5), normal(gates, scale=0.5)) if case.bias else (None, None)
+    if cell == "rnn_relu":
+        # Next to relu's kink a rounding error flips a gradient between 0 and 1, and no two results can be compared. So
+        # the first feature drives every unit well to one side or the other, and the rest is small beside it.
+        w_ih *= 0.25 / case.scale
+        w_hh *= 0.25
+        x[..., 0] = 4.0
+        w_ih[:, 0] = torch.randn(gates, generator=generator).sign()
+    return Inputs(
+        x=x,
+        h_0=normal(B, H),
+        c_0=normal(B, H) if lstm else None,
+        weights=(w_ih, w_hh, *biases),
+        dy=normal(T, B, H),
+        dh_n=normal(B, H),
+        dc_n=normal(B, H) if lstm else None,
+        dc_all=normal(T, B, H) if lstm and case.every_cell_state else None,
+        lengths=lengths,
+        reset=torch.rand(T, B, generator=generator) < 0.3 if case.reset else None,
+    )
+
+
+def reference_results(cell: str, case: Case, inputs: Inputs, dtype: type) -> dict[str, np.ndarray]:
+    """Outputs and gradients by name, computed in `dtype`."""
+
+    def exact(a: Tensor | None):
+        return None if a is None else a.double().numpy()
+
+    results = recurrent_forward_backward(
+        cell,
+        exact(inputs.x),
+        exact(inputs.h_0),
+        exact(inputs.c_0),
+        [exact(weight) for weight in inputs.weights],
+        exact(inputs.dy),
+        exact(inputs.dh_n),
+        exact(inputs.dc_n),
+        exact(inputs.dc_all),
+        lengths=None if inputs.lengths is None else inputs.lengths.numpy(),
+        reset=None if inputs.reset is None else inputs.reset.numpy(),
+        reverse=case.reverse,
+        dtype=dtype,
+    )
+    return _without_padding(results, inputs)
+
+
+def torch_results(cell: str, case: Case, inputs: Inputs) -> dict[str, np.ndarray]:
+    """The same by torch: its sequence op where that can, else its cell in a loop."""
+    leaves = [inputs.x, inputs.h_0, inputs.c_0, *inputs.weights]
+    leaves = [None if a is None else a.clone().requires_grad_() for a in leaves]
+    x, h_0, c_0, *weights = leaves
+    state = (h_0,) if c_0 is None else (h_0, c_0)
+    if case.lengths or case.packed or case.reset:
+        y, state_n, c_all = _torch_loop(cell, case, x, state, weights, inputs)
+    else:
+        y, state_n, c_all = *_torch_sequence(cell, case, x, state, weights), None
+
+    outputs, gradients = [y, *state_n], [inputs.dy, inputs.dh_n, inputs.dc_n][: 1 + len(state_n)]
+    if inputs.dc_all is not None:
+        outputs, gradients = [*outputs, c_all], [*gradients, inputs.dc_all]
+    torch.autograd.backward(outputs, gradients)
+
+    names = ("dx", "dh_0", "dc_0", "dw_ih", "dw_hh", "db_ih", "db_hh")
+    results = {"y": y, "h_n": state_n[0]}
+    if c_0 is not None:
+        results["c_n"] = state_n[1]
+    if inputs.dc_all is not None:
+        results["c_all"] = c_all
+    for name, leaf in zip(names, leaves, strict=True):
+        if leaf is not None:  # a state that no output depends on has no gradient: zero
+            results[name] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    return _without_padding({name: _array(result) for name, result in results.items()}, inputs)
+
+
+def _torch_sequence(cell: str, case: Case, x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor | None]):
+    hx = [part[None] for part in state]
+    x = x.flip(0) if case.reverse else x
+    weights = [weight for weight in weights if weight is not None]
+    y, *state_n = getattr(torch, cell)(
+        x, hx if cell == "lstm" else hx[0], weights, case.bias, 1, 0.0, True, False, False
+    )
+    return y.flip(0) if case.reverse else y, [part[0] for part in state_n]
+
+
+def _torch_loop(cell: str, case: Case, x: Tensor, state: tuple[Tensor, ...], weights: list, inputs: Inputs):
+    step = getattr(torch, f"{cell}_cell")
+    active = inputs.active[..., None]
+    cut = torch.zeros_like(active) if inputs.reset is None else inputs.reset[..., None] & active
+    if case.reverse:  # the cut between t and t + 1 is met on the way from t + 1 to t
+        cut = torch.cat([cut[1:], torch.zeros_like(cut[:1])])
+    all_states = [None] * case.steps
+    for t in reversed(range(case.steps)) if case.reverse else range(case.steps):
+        before = [torch.where(cut[t], 0, part) for part in state]
+        after = step(x[t], before if cell == "lstm" else before[0], *weights)
+        after = after if cell == "lstm" else (after,)
+        state = [torch.where(active[t], new, old) for new, old in zip(after, state, strict=True)]
+        all_states[t] = [torch.where(active[t], new, 0) for new in after]
+    y, *c_all = (torch.stack(parts) for parts in zip(*all_states, strict=True))
+    return y, state, c_all[0] if c_all else None
+
+
+def kernel_results(
+    native, cell: str, case: Case, inputs: Inputs, isa: str
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """(kernel, results) of every kernel that serves the case. Padding holds NaN, and so do outputs before each run, so
+    that a value shows which is read where it must not be, or is not written where it must be.
+    """
+    active, nan = inputs.active, float("nan")
+    state_dtype = torch.float32 if case.float_state else inputs.x.dtype
+    batch_sizes = order = None
+    if inputs.lengths is not None:
+        batch_sizes, order = active.sum(1), inputs.order
+
+    def laid_out(a: Tensor | None) -> Tensor | None:
+        """A sequence as the kernel takes it: padded with NaN, or packed."""
+        if a is None or inputs.lengths is None:
+            return a
+        return _packed(a, active, order) if case.packed else torch.where(active[..., None], a, nan)
+
+    def poisoned(size: int) -> Tensor:
+        return torch.full((*laid_out(inputs.x).shape[:-1], size), nan, dtype=inputs.x.dtype)
+
+    def back(results: dict[str, Tensor | None]) -> dict[str, np.ndarray]:
+        results = {name: _array(a) for name, a in results.items() if a is not None}
+        return results if case.packed else _without_padding(results, inputs)
+
+    h_0, c_0, dh_n, dc_n = (
+        None if a is None else a.to(state_dtype) for a in (inputs.h_0, inputs.c_0, inputs.dh_n, inputs.dc_n)
+    )
+    options = {
+        "batch_sizes": batch_sizes,
+        "order": order,
+        "packed": case.packed,
+        "reverse": case.reverse,
+        "reset": inputs.reset,
+        "float_state": case.float_state,
+    }
+    step_only = case.steps == 1 and inputs.lengths is None and not case.reset
+    with native.use_isa(isa), _poisoned_memory(native):
+        forward = (cell, laid_out(inputs.x), h_0, c_0, inputs.weights)
+        for kernel, panels, save in (
+            ("inference, packed weights", native.pack(cell, inputs.weights), False),
+            ("inference", None, False),
+            ("training", None, True),
+        ):
+            y, h_n, c_n, c_all, saved = native.recurrent_forward(
+                *forward,
+                **options,
+                panels=panels,
+                save=save,
+                y=poisoned(case.hidden_size),
+                return_c=inputs.dc_all is not None,
+            )
+            results = {"y": y, "h_n": h_n, "c_n": c_n, "c_all": c_all}
+            if save:
+                gradients = native.recurrent_backward(
+                    *forward,
+                    y,
+                    saved,
+                    isa,
+                    **options,
+                    dy=laid_out(inputs.dy),
+                    dh_n=dh_n,
+                    dc_n=dc_n,
+                    dc_all=laid_out(inputs.dc_all),
+                    needs=(True, True, c_0 is not None, True, True, case.bias, case.bias),
+                    dx=poisoned(case.input_size),
+                )
+                names = ("dx", "dh_0", "dc_0", "dw_ih", "dw_hh", "db_ih", "db_hh")
+                results |= dict(zip(names, gradients, strict=True))
+            yield kernel, back(results)
+            if step_only:
+                y, h_n, c_n, _ = native.recurrent_step(
+                    cell,
+                    inputs.x[0],
+                    h_0,
+                    c_0,
+                    *inputs.weights,
+                    torch.get_num_threads(),
+                    save=save,
+                    panels=panels,
+                    float_state=case.float_state,
+                )
+                yield f"step, {kernel}", back({"y": y[None], "h_n": h_n, "c_n": c_n})
+
+
+@contextmanager
+def _poisoned_memory(native) -> Iterator[None]:
+    """What the backend allocates itself, outputs and saved gates, holds NaN: in every dtype that is all bits set."""
+
+    def empty(shape: tuple[int, ...], dtype: str) -> Tensor:
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+        tensor.view(torch.uint8).fill_(255)
+        return tensor
+
+    native.attach(empty=empty)
+    try:
+        yield
+    finally:
+        native.attach()
+
+
+SEQUENCES = ("y", "c_all", "dx")
+
+
+def _packed(a, active: Tensor, order: Tensor):
+    """The active rows of a (T, B, N) tensor or array, step by step, the longest first."""
+    steps, rows = active[:, order].numpy().nonzero()
+    return a[steps, order.numpy()[rows]]
+
+
+def _without_padding(results: dict[str, np.ndarray], inputs: Inputs) -> dict[str, np.ndarray]:
+    """The sequences packed: padding takes no part in the comparison."""
+    if inputs.lengths is None:
+        return results
+    return {name: _packed(a, inputs.active, inputs.order) if name in SEQUENCES else a for name, a in results.items()}
+
+
+def _array(a: Tensor) -> np.ndarray:
+    return (a.float() if a.dtype == torch.bfloat16 else a).detach().numpy()
+
+
+@dataclass
+class Row:
+    """The outcome for one cell, ISA and dtype."""
+
+    cell: str
+    isa: str
+    dtype: str
+    verdicts: list[Verdict] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def closest(self) -> Verdict:
+        """The verdict that comes closest to its bound, or lies farthest beyond it."""
+
+        def closeness(verdict: Verdict) -> float:
+            if not verdict.worst_ours <= verdict.bound:  # NaN too
+                return math.inf
+            return verdict.worst_ours / verdict.bound if verdict.bound else 0.0
+
+        return max(self.verdicts, key=closeness)
+
+
+def judge(ours: Mapping, torch_: Mapping, reference: Mapping, dtype: str) -> Verdict:
+    """The error rule, for the tensors that `ours` has. An absurd result of torch's must not widen the bound: then the
+    comparison itself is broken, and that is a failure too.
+    """
+    torch_, reference = ({name: results[name] for name in ours} for results in (torch_, reference))
+    verdict = error_rule(ours, torch_, reference, dtype)
+    largest = max(np.max(np.abs(a)) for a in reference.values())
+    return verdict._replace(ok=verdict.ok and verdict.worst_torch <= math.sqrt(EPS[dtype]) * largest)
+
+
+def verify(
+    native,
+    cells: Sequence[str],
+    dtypes: Sequence[str],
+    isas: Sequence[str],
+    case_done: Callable[[], None] = lambda: None,
+) -> list[Row]:
+    """Run every case of every combination with the kernels of `native`, a module like `fastseq.backends.native`."""
+    rows = {key: Row(*key) for key in product(cells, isas, dtypes)}
+    for cell, dtype in product(cells, dtypes):
+        for seed, case in enumerate(cases(dtype)):
+            inputs = make_inputs(cell, case, DTYPES[dtype], seed)
+            reference = reference_results(cell, case, inputs, np.longdouble if dtype == "float64" else np.float64)
+            yardstick = torch_results(cell, case, inputs)
+            for isa in isas:
+                row = rows[cell, isa, dtype]
+                for kernel, results in kernel_results(native, cell, case, inputs, isa):
+                    verdict = judge(results, yardstick, reference, dtype)
+                    row.verdicts.append(verdict)
+                    if not verdict.ok:
+                        row.failures.append(
+                            f"{kernel}, {case}: error {verdict.worst_ours:.2e}, bound {verdict.bound:.2e}"
+                        )
+            case_done()
+    return list(rows.values())
+
+
+def run(
+    cells: Sequence[str] | None = None, dtypes: Sequence[str] | None = None, isas: Sequence[str] | None = None
+) -> int:
+    """`fastseq verify`: all that is available where None is given. Prints the table; 0 if every case passes, else 1."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+
+    native, reason = load_kernels()
+    if native is None:
+        raise NothingToVerify(f"the kernels are not built: {reason}")
+    available = native.isas()
+    if missing := [isa for isa in isas or () if isa not in available]:
+        raise NothingToVerify(f"{', '.join(missing)}: not available here, only {', '.join(available)}")
+    cells, dtypes, isas = cells or CELLS, dtypes or tuple(DTYPES), isas or available
+
+    console = Console(highlight=False)
+    columns = TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(cells) * sum(1 for dtype in dtypes for _ in cases(dtype)))
+        rows = verify(native, cells, dtypes, isas, lambda: progress.advance(task))
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("cell", "ISA", "dtype"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("cases", "error", "torch's", "bound"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict")
+    for row in rows:
+        _, ours, torch_, bound = row.closest
+        verdict = f"[red]{len(row.failures)} FAILED[/]" if row.failures else "[green]ok[/]"
+        errors = (f"{error:.1e}" for error in (ours, torch_, bound))
+        table.add_row(row.cell, row.isa, row.dtype, str(len(row.verdicts)), *errors, verdict)
+    console.print(table)
+    console.print(
+        "\nerror    max|kernel - reference| over outputs and gradients, in the case closest to its bound"
+        "\ntorch's  the same of torch's own result; the reference runs in float64, for float64 in longdouble"
+        "\nbound    2 max|torch - reference| + 4 eps max|reference|",
+        soft_wrap=True,
+    )
+    for row in rows:
+        for failure in row.failures[:SHOWN_FAILURES]:
+            console.print(f"[red]FAILED[/] {row.cell} {row.isa} {row.dtype}: {failure}", soft_wrap=True)
+        if unseen := len(row.failures[SHOWN_FAILURES:]):
+            console.print(f"[red]FAILED[/] {row.cell} {row.isa} {row.dtype}: {unseen} more", soft_wrap=True)
+    return 1 if any(row.failures for row in rows) else 0

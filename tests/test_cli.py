@@ -1,0 +1,265 @@
+"""The command `fastseq`: what it prints, its exit codes, and that `verify` can fail."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fastseq.ops import SERVICE
+
+import fastseq
+from fastseq import demo, info, verify
+from fastseq.char_lm import TextError, read_text
+from fastseq.cli import main
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def native():
+    module, reason = info.load_kernels()
+    assert module is not None, reason
+    return module
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("def the_quick_brown_fox(jumps):\n    return jumps\n\n\n" * 60, encoding="utf-8")
+    return path
+
+
+def refused(arguments, capsys):
+    """The one line in which a call is refused."""
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (2, "")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for expected in (fastseq.__version__, torch.__version__, *info.ISA_FLAGS, *info.VARIABLES, "threads", "GPU"):
+        assert expected in printed
+    for row in SERVICE:
+        assert row.case in printed
+
+
+def test_info_names_the_active_isa(native, capsys):
+    with native.use_isa("baseline"):
+        main(["info"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["baseline", "active"] in lines
+    assert sum(line[1:] == ["active"] for line in lines) == 1
+    for isa in set(info.ISA_FLAGS) - set(native.isas()):
+        assert any(line[:2] == [isa, "no:"] for line in lines)
+
+
+def test_info_says_why_there_are_no_kernels(monkeypatch, capsys):
+    monkeypatch.setattr(info, "load_kernels", lambda: (None, "No module named 'fastseq._native'"))
+    assert main(["info"]) == 0
+    assert "not built: No module named 'fastseq._native'" in capsys.readouterr().out
+
+
+def test_readme_holds_the_tables_of_the_code():
+    for row in SERVICE:
+        assert f"| {row.case} | {row.served_by} | {row.reason} |\n" in README
+    for name, meaning in info.VARIABLES.items():
+        assert f"| `{name}` | {meaning} |\n" in README
+
+
+def test_module_is_the_command():
+    command = [sys.executable, "-m", "fastseq", "info"]
+    assert "Instruction sets" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("dtype", verify.DTYPES)
+@pytest.mark.parametrize("cell", verify.CELLS)
+def test_verify(native, cell, dtype, capsys):
+    assert main(["verify", "--cell", cell, "--dtype", dtype, "--isa", native.active_isa()]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    (row,) = (line.split() for line in printed if line.startswith(cell))
+    assert row[1:3] == [native.active_isa(), dtype]
+    assert int(row[3]) == 3 * sum(1 for _ in verify.cases(dtype)) + 3 * sum(map(_is_step, verify.cases(dtype)))
+    assert row[-1] == "ok"
+
+
+def _is_step(case):
+    return case.steps == 1 and not (case.lengths or case.packed or case.reset)
+
+
+def test_verify_runs_every_isa(native, monkeypatch, capsys):
+    few = [verify.Case(2, 3, 5, 7)]
+    monkeypatch.setattr(verify, "cases", lambda dtype: iter(few))
+    entered = []
+    use_isa = native.use_isa
+    monkeypatch.setattr(native, "use_isa", lambda isa: (entered.append(isa), use_isa(isa))[1])
+    assert main(["verify", "--cell", "gru", "--cell", "lstm", "--dtype", "float32"]) == 0
+    assert entered == [*native.isas(), *native.isas()]
+    assert capsys.readouterr().out.count(" ok") == 2 * len(native.isas())
+
+
+def _add_to_output(results):
+    results[0].add_(1e-3)
+
+
+def _forget_an_output(results):
+    results[0][..., -1] = float("nan")
+
+
+def _add_to_gradient(results):
+    results[4].mul_(1.001)  # dw_hh
+
+
+def _double_a_state(results):
+    results[1].mul_(2)  # h_n, or dh_0
+
+
+@pytest.mark.parametrize(
+    ("function", "damage"),
+    [
+        ("recurrent_forward", _add_to_output),
+        ("recurrent_forward", _forget_an_output),
+        ("recurrent_forward", _double_a_state),
+        ("recurrent_backward", _add_to_gradient),
+        ("recurrent_backward", _forget_an_output),
+        ("recurrent_backward", _double_a_state),
+        ("recurrent_step", _add_to_output),
+    ],
+)
+def test_verify_fails(native, monkeypatch, function, damage, capsys):
+    sound = getattr(native, function)
+
+    def damaged(*arguments, **options):
+        results = sound(*arguments, **options)
+        damage(results)
+        return results
+
+    monkeypatch.setattr(native, function, damaged)
+    few = [verify.Case(1, 3, 5, 7), verify.Case(4, 3, 5, 7), verify.Case(4, 3, 5, 7, reverse=True)]
+    monkeypatch.setattr(verify, "cases", lambda dtype: iter(few))
+    monkeypatch.setattr(verify, "SHOWN_FAILURES", 99)
+    assert main(["verify", "--cell", "gru", "--dtype", "float32", "--isa", "baseline"]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED gru baseline float32: " in printed
+    assert "T=1 B=3 I=5 H=7: error " in printed
+    assert ("T=4 B=3 I=5 H=7, reverse: error " in printed) == (function != "recurrent_step")
+
+
+def test_verify_counts_the_failures_it_does_not_show(native, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "judge", lambda *arguments: verify.Verdict(False, 2.0, 1.0, 1.0))
+    few = [verify.Case(2, 3, 5, 7), verify.Case(2, 3, 5, 7, reverse=True)]
+    monkeypatch.setattr(verify, "cases", lambda dtype: iter(few))
+    assert main(["verify", "--cell", "gru", "--dtype", "float32", "--isa", "baseline"]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
+    assert len(lines) == verify.SHOWN_FAILURES + 1
+    assert lines[-1] == f"FAILED gru baseline float32: {6 - verify.SHOWN_FAILURES} more"
+
+
+def test_verify_trusts_no_absurd_yardstick():
+    reference = {"y": torch.ones(3).double().numpy()}
+    absurd = {"y": torch.full((3,), 2.0).numpy()}
+    assert not verify.judge(reference, absurd, reference, "float32").ok
+    assert verify.judge(reference, reference, reference, "float32").ok
+
+
+def test_verify_without_the_isa(native, monkeypatch, capsys):
+    monkeypatch.setattr(native, "isas", lambda: ("baseline",))
+    assert "avx512: not available here, only baseline" in refused(["verify", "--isa", "avx512"], capsys)
+
+
+def test_verify_without_kernels(monkeypatch, capsys):
+    monkeypatch.setattr(verify, "load_kernels", lambda: (None, "No module named 'fastseq._native'"))
+    assert "not built: No module named 'fastseq._native'" in refused(["verify"], capsys)
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_demo(cell, text, tmp_path, capsys):
+    picture = tmp_path / "out.png"
+    options = ["--cell", cell, "--text", str(text), "--steps", "3", "--threads", "1", "--output", str(picture)]
+    assert main(["demo", *options]) == 0
+    printed = capsys.readouterr().out
+    for expected in (
+        "torch.nn",
+        "fastseq",
+        "characters/s",
+        "times torch.nn's",
+        "first 3 steps",
+        "threads: 1",
+        "\ndef ",
+    ):
+        assert expected in printed
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_demo_fails_where_the_losses_differ(text, tmp_path, monkeypatch, capsys):
+    def broken(model):
+        with torch.no_grad():
+            model.linear.weight.mul_(1.1)
+        return model
+
+    monkeypatch.setattr(fastseq, "fuse", broken)
+    assert main(["demo", "--text", str(text), "--steps", "2", "--output", str(tmp_path / "out.png")]) == 1
+    assert "FAILED: above 0.0001" in capsys.readouterr().out
+
+
+def test_loss_difference():
+    assert demo.loss_difference([1.0, 2.0], [1.0, 2.0]) == 0
+    assert demo.loss_difference([1.0, 2.2], [1.0, 2.0]) == pytest.approx(0.1)
+    assert demo.loss_difference([1.0] * 50 + [7.0], [1.0] * 51) == 0
+    assert not demo.loss_difference([1.0, float("nan")], [1.0, 2.0]) <= demo.LARGEST_DIFFERENCE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required"),
+        (["dance"], "dance"),
+        (["info", "--steps", "3"], "--steps"),
+        (["verify", "--isa", "mmx"], "'mmx'"),
+        (["verify", "--dtype", "float16"], "'float16'"),
+        (["verify", "--threads", "0"], "at least 1, got '0'"),
+        (["demo", "--cell", "transformer"], "'transformer'"),
+        (["demo", "--steps", "0"], "at least 1, got '0'"),
+        (["demo", "--steps", "many"], "at least 1, got 'many'"),
+        (["demo", "--text", "/no/such/file"], "cannot read /no/such/file: No such file or directory"),
+        (["demo", "--text", "/"], "cannot read /: Is a directory"),
+        (["demo", "--output", "/no/such/folder/out.png"], "/no/such/folder is not a writable folder"),
+        (["demo", "--output", "picture.jpeg"], "must end in .png, got picture.jpeg"),
+    ],
+)
+def test_refused(arguments, message, capsys):
+    assert message in refused(arguments, capsys)
+
+
+def test_text_too_short(tmp_path, capsys):
+    path = tmp_path / "short.txt"
+    path.write_text("too short", encoding="utf-8")
+    assert main(["demo", "--text", str(path)]) == 2
+    assert "the text has 9 characters, too few" in capsys.readouterr().err
+
+
+def test_text_not_utf8(tmp_path):
+    path = tmp_path / "latin1.txt"
+    path.write_bytes("café".encode("latin-1"))
+    with pytest.raises(TextError, match=r"latin1\.txt is not UTF-8 text \(byte 3\)"):
+        read_text(path)
+
+
+@pytest.mark.parametrize(("command", "module"), [("verify", "rich"), ("demo", "rich"), ("demo", "matplotlib")])
+def test_missing_extra(command, module, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert f"needs {module} of the extra `cli`" in refused([command], capsys)
