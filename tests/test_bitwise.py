@@ -107,7 +107,8 @@ def test_bfloat16_chunks_with_a_float32_state(cell, isa):
     for chunk in inputs.x.split(4):
         part, h, c, _, _ = native.recurrent_forward(cell, chunk, h, c, inputs.weights, float_state=True)
         parts.append(part)
-    assert torch.equal(torch.cat(parts), y) and torch.equal(h, h_n)
+    assert torch.equal(torch.cat(parts), y)
+    assert torch.equal(h, h_n)
     assert c is None or torch.equal(c, c_n)
 
 

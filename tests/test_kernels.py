@@ -1,4 +1,4 @@
-"""Every kernel against the reference by the error rule: verify's own comparison, over more shapes, threads and layouts."""
+"""Every kernel against the reference by the error rule: verify's comparison, over more shapes, threads and layouts."""
 
 import numpy as np
 import pytest
@@ -97,4 +97,5 @@ def test_a_wrong_result_is_seen():
 
 def test_shapes_are_odd_on_purpose():
     assert {1, 7, 63, 65, 129} <= {size for shape in SHAPES for size in shape}
-    assert all(shape.T == 2000 for shape in LONG_SHAPES) and Shape(1, 1, 1, 1) in SHAPES
+    assert all(shape.T == 2000 for shape in LONG_SHAPES)
+    assert Shape(1, 1, 1, 1) in SHAPES
