@@ -36,10 +36,10 @@ def module(rnn, x, hx=None, lengths=None, reset=None):
     """A sequence module without dropout, on (T, B, I): y, h_n, c_n, all h (T, L*D, B, H), all c."""
     directions = 2 if rnn.bidirectional else 1
     h_0, c_0 = hx if isinstance(hx, tuple) else (hx, None)
-    last, states = [], []
+    last, states, outputs = [], [], [x]
     for place, weights in enumerate(rnn.all_weights):
         if place % directions == 0:
-            x, outputs = x if place == 0 else torch.cat(outputs, -1), []
+            x, outputs = torch.cat(outputs, -1), []
         y, h_n, c_n, c_all = layer(
             rnn.mode.lower(),
             x,

@@ -1,13 +1,17 @@
 // dW = dG^T A and db = the sum of dG over all rows (t, b), A being the inputs or the hidden states before each step.
 //
-// K runs over rows in blocks of kBlock. A block of kColumns vectors of A is copied next to each other, which makes it
-// an L1-resident panel for all gates that the thread owns; the gates are read where they lie.
+// K runs over rows in blocks of kRowBlock. A block of kColumns vectors of A is copied next to each other, which makes
+// it an L1-resident panel for all gates that the thread owns; the gates are read where they lie.
 #pragma once
 
 #include "layout-inl.h"
 #include "threads.h"
 
 namespace fastseq::FASTSEQ_ISA {
+
+// Rows of a block: with 128, the gradients of a panel (16 KB with AVX2) and the copied columns (12 KB) share the L1
+// cache.
+constexpr int64_t kRowBlock = 128;
 
 template <class Cell, class S>
 struct WeightGradient {
@@ -20,10 +24,10 @@ struct WeightGradient {
   const HiddenRows<S>& hidden;
   int64_t rows;
   T* sums;             // (G*H, N) where the storage is too narrow to sum in, else null
-  const S** pointers;  // (kBlock), scratch
+  const S** pointers;  // (kRowBlock), scratch
   T* packed;           // packed_elements, scratch
 
-  static constexpr int64_t packed_elements() { return kBlock * kColumns * L::kLanes; }
+  static constexpr int64_t packed_elements() { return kRowBlock * kColumns * L::kLanes; }
 
   const T* gradients(bool input, int64_t panel, int64_t row) const {
     return layout.saved_slots(schedule.p.saved, rows, panel, row) +
@@ -43,8 +47,8 @@ struct WeightGradient {
     const int64_t block_begin = share(blocks, !by_panels, 0), block_end = share(blocks, !by_panels, 1);
     T* out = std::is_same_v<S, T> ? (T*)dw : sums;
     int64_t t = 0;
-    for (int64_t row = 0; row < rows; row += kBlock) {
-      const int64_t depth = min(kBlock, rows - row);
+    for (int64_t row = 0; row < rows; row += kRowBlock) {
+      const int64_t depth = min(kRowBlock, rows - row);
       for (int64_t k = 0; k < depth; ++k) {
         while (schedule.starts[t + 1] <= row + k) ++t;
         const int64_t b = row + k - schedule.starts[t];
@@ -84,9 +88,9 @@ struct WeightGradient {
       for (int term = 0; term < Cell::kTerms; ++term)
         for (int64_t lane = 0; lane < layout.units(panel); lane += L::kLanes) {
           V total(0);
-          for (int64_t row = 0; row < rows; row += kBlock) {
+          for (int64_t row = 0; row < rows; row += kRowBlock) {
             V sum(0);
-            for (int64_t k = row; k < min(rows, row + kBlock); ++k)
+            for (int64_t k = row; k < min(rows, row + kRowBlock); ++k)
               sum = sum + load(gradients(input, panel, k) + term * L::kUnits + lane);
             total = total + sum;
           }

@@ -118,6 +118,12 @@ class LSTMCell(CellModule, nn.LSTMCell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One step: see the class."""
-        h, c = (None, None) if hx is None else hx if len(hx) == 2 else checks.check_state_pair("lstm_cell", hx)
-        result = self._step(LSTM_CELL, input, h, c)
+        result = None
+        if hx is None:
+            result = self._step(LSTM_CELL, input, None, None)
+        elif isinstance(hx, tuple | list):
+            if len(hx) != 2:
+                checks.check_state_pair("lstm_cell", hx)
+            h, c = hx
+            result = None if h is None or c is None else self._step(LSTM_CELL, input, h, c)
         return nn.LSTMCell.forward(self, input, hx) if result is None else result

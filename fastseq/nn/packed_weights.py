@@ -35,6 +35,9 @@ class PackedWeights:
         self.frozen = False
         self._entries: dict[int, _Entry] = {}
 
+    def __reduce__(self) -> tuple[type[PackedWeights], tuple[()]]:
+        return PackedWeights, ()  # copies and pickles of a module start without
+
     def clear(self) -> None:
         """Drops every panel."""
         self._entries = {}

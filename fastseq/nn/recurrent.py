@@ -23,16 +23,11 @@ States = tuple[Tensor | None, Tensor | None]  # h and c; c is None but for LSTM
 
 
 class PacksWeights:
-    """A module that keeps packed weights for inference. They are no part of its state, its copies or its pickles."""
+    """A module that keeps packed weights for inference. They are no part of its state_dict."""
 
     def _packed_weights(self) -> PackedWeights:
         packed = self.__dict__.get("_fastseq_packed")
         return self.__dict__.setdefault("_fastseq_packed", PackedWeights()) if packed is None else packed
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(super().__getstate__())
-        state.pop("_fastseq_packed", None)
-        return state
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         self._packed_weights().clear()  # .to() and its kin give parameters new memory behind the same identity
@@ -366,19 +361,22 @@ class CellModule(PacksWeights):
         self, cell: Cell, input: Tensor, h: Tensor | None, c: Tensor | None
     ) -> tuple[Tensor, Tensor | None] | None:
         """h' and c', or None where torch's own forward has to compute them or to name the mistake."""
+        if not isinstance(input, Tensor) or not (h is None or isinstance(h, Tensor)):
+            return None
+        if c is not None and not isinstance(c, Tensor):
+            return None
+        if input.dim() == 1:
+            return self._unbatched_step(cell, input, h, c)
         named = self._parameters
         try:  # four attribute look-ups on a Module cost as much as the step itself
             weights = named["weight_ih"], named["weight_hh"], named["bias_ih"], named["bias_hh"]
         except KeyError:  # parametrized, pruned, replicated
             weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        dim = input.dim()
-        if dim == 1:
-            return self._unbatched_step(cell, input, h, c)
         packed, panels = self.__dict__.get("_fastseq_packed"), None
         if packed is not None and packed.frozen and not support.is_compiling():
             panels = self._frozen_panels(packed, cell, input, weights)
         result = run_step(cell, input, h, c, weights, panels)
-        if result is None and support.transformed() and dim == 2:
+        if result is None and support.transformed() and input.dim() == 2:
             return composite.step(cell, input, h, c, weights)
         return result
 

@@ -49,9 +49,10 @@ def check_not_packed(**given: object) -> None:
 
 def check_state_pair(name: str, hx: object) -> tuple[Tensor, Tensor]:
     """The (h, c) of an LSTM."""
-    if isinstance(hx, Tensor) or not isinstance(hx, tuple | list) or len(hx) != 2:
-        came = f"a sequence of {len(hx)}" if isinstance(hx, tuple | list) else type(hx).__name__
-        raise RuntimeError(f"{name} expects two hidden states, (h, c), got {came}")
+    if not isinstance(hx, tuple | list):
+        raise TypeError(f"{name}: hx must be a tuple of Tensors, (h, c), got {type(hx).__name__}")
+    if len(hx) != 2:
+        raise RuntimeError(f"{name} expects two hidden states, (h, c), got a sequence of {len(hx)}")
     h, c = hx
     check_tensor("h", h)
     check_tensor("c", c)

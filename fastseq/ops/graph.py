@@ -108,7 +108,7 @@ def recurrent_layer_backward(
     """The gradients of those of x, h_0, c_0 and the weights that `needs` marks."""
     call, backend = _call(x, lengths, reset, cell, reverse, want_c, float_state)
     if call.rows is not None and not call.rows.longest:  # the states passed through, and nothing else
-        found = [None, grads[1], grads[2], *[None] * len(weights)]
+        found = [None, *(None if g is None else g.clone() for g in grads[1:3]), *[None] * len(weights)]
     else:
         (y, *_), saved = kernel_calls.forward(call, backend, x, h_0, c_0, weights, save=True)
         isa = backend.active_isa()
