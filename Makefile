@@ -11,6 +11,7 @@ export PATH := $(BIN):$(PATH)
 TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
+# build/editable is kept by the rebuilding import; a wheel built from the same tree uses another folder.
 TOOLS := "scikit-build-core>=0.11" "cython>=3.1" "cython-cmake>=0.2" "cmake>=3.20" ninja
 EXTRAS := cli,test,bench,lint
 CXX_SOURCES := $(filter-out csrc/dlpack.h,$(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp))
@@ -63,5 +64,6 @@ $(READY): pyproject.toml CMakeLists.txt | $(BIN)/python
 		$(PIP) install "$(TORCH)" || \
 		$(PIP) install "$(TORCH)" --extra-index-url $(TORCH_INDEX)
 	$(PIP) install -q $(TOOLS)
-	$(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]" -C editable.rebuild=true -C editable.verbose=false
+	$(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]" \
+		-C build-dir=build/editable -C editable.rebuild=true -C editable.verbose=false
 	@touch $@
