@@ -125,12 +125,15 @@ def test_both_readers_agree(cell):
 def test_step_is_a_sequence_of_one(cell, dtype):
     (x, h, c), weights = make_inputs(cell, dtype), make_weights(cell, dtype)
     panels = native.pack(cell, weights)
+    expected = native.recurrent_forward(cell, x[:1], h, c, weights)
     for packed in (None, panels):
         y, h_n, c_n, saved = native.recurrent_step(cell, x[0], h, c, *weights, 1, panels=packed)
         assert h_n is y
         assert saved is None
-        expected = native.recurrent_forward(cell, x[:1], h, c, weights, panels=packed)
-        same((y, c_n), (expected[0][0], expected[2]))
+        if packed is None:  # the rows of the weights where they lie: another order of sums
+            torch.testing.assert_close((y, c_n), (expected[0][0], expected[2]))
+        else:
+            same((y, c_n), (expected[0][0], expected[2]))
 
 
 def test_step_gives_new_tensors():
