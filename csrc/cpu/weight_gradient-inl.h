@@ -54,20 +54,23 @@ struct WeightGradient {
         const int64_t b = row + k - schedule.starts[t];
         pointers[k] = input ? schedule.template row<const S>(schedule.p.x, t, b) : hidden.before(t, b);
       }
-      for (int64_t block = block_begin; block < block_end; ++block) {
-        const int64_t u = block * kColumns * L::kLanes;
-        for (int64_t k = 0; k < depth; ++k) FASTSEQ_UNROLL for (int j = 0; j < kColumns; ++j) {
-            const int64_t left = columns - u - j * L::kLanes;
-            store(packed + (k * kColumns + j) * L::kLanes,
-                  left > 0 ? load_first(pointers[k] + u + j * L::kLanes, left) : V(0));
-          }
+      // As many columns at once as fit the copy: few rows then write dW row after row, as memory likes it.
+      const int64_t group = packed_elements() / (depth * kColumns * L::kLanes);
+      for (int64_t begin = block_begin; begin < block_end; begin += group) {
+        const int64_t end = min(block_end, begin + group);
+        for (int64_t block = begin; block < end; ++block)
+          copy_columns(block, columns, depth, packed_block(block - begin, depth));
         for (int64_t panel = panel_begin; panel < panel_end; ++panel)
           for (int term = 0; term < Cell::kTerms; ++term) {
             const int64_t first = gate(input, term) * layout.H + panel * L::kUnits;
             const T* a = gradients(input, panel, row) + term * L::kUnits;
             for (int64_t unit = 0; unit < layout.units(panel); unit += kColumnRows)
-              multiply_outer(min(kColumnRows, layout.units(panel) - unit), depth, a + unit, L::kSavedWidth, packed,
-                             row == 0, out + (first + unit) * columns + u, columns, columns - u);
+              for (int64_t block = begin; block < end; ++block) {
+                const int64_t u = block * kColumns * L::kLanes;
+                multiply_outer(min(kColumnRows, layout.units(panel) - unit), depth, a + unit, L::kSavedWidth,
+                               packed_block(block - begin, depth), row == 0, out + (first + unit) * columns + u,
+                               columns, columns - u);
+              }
           }
       }
     }
@@ -80,6 +83,16 @@ struct WeightGradient {
             for (int64_t u = block_begin * kColumns * L::kLanes; u < end; u += L::kLanes)
               store_first(dw + at + u, load_first(sums + at + u, end - u), end - u);
           }
+  }
+
+  T* packed_block(int64_t index, int64_t depth) const { return packed + index * depth * kColumns * L::kLanes; }
+
+  // kColumns vectors of A for the rows of a block, next to each other; zero beyond the last column.
+  void copy_columns(int64_t block, int64_t columns, int64_t depth, T* out) const {
+    for (int64_t k = 0; k < depth; ++k) FASTSEQ_UNROLL for (int j = 0; j < kColumns; ++j) {
+        const int64_t u = (block * kColumns + j) * L::kLanes;
+        store(out + (k * kColumns + j) * L::kLanes, u < columns ? load_first(pointers[k] + u, columns - u) : V(0));
+      }
   }
 
   void biases(const Team& team, bool input, S* db) const {
