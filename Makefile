@@ -11,6 +11,7 @@ export PATH := $(BIN):$(PATH)
 TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
+# build/editable is kept by the rebuilding import; a wheel built from the same tree uses another folder.
 TOOLS := "scikit-build-core>=0.11" "cython>=3.1" "cython-cmake>=0.2" "cmake>=3.20" ninja
 EXTRAS := cli,test,bench,lint
 CXX_SOURCES := $(filter-out csrc/dlpack.h,$(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp))
@@ -37,16 +38,16 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-# A build of its own beside the editable one. `python -S` on the whole of sys.path skips the hook of the editable
-# install, which would answer first; libstdc++ has to be there before the sanitizer looks for its symbols.
+# A build of its own beside the editable one. `python -P -S` on the whole of sys.path skips the hook of the editable
+# install and the source tree, which would answer first; libstdc++ has to be there before the sanitizer looks into it.
 ASAN := build/asan
 asan: $(READY)
 	$(PIP) install -q --no-build-isolation --no-deps --upgrade --target $(ASAN)/site . \
 		-C build-dir=$(ASAN)/cmake -C cmake.define.FASTSEQ_SANITIZE=address,undefined
 	path=$$($(BIN)/python -c 'import sys; print(":".join(p for p in sys.path if p))') && \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=2 \
-	PYTHONPATH=$(ASAN)/site:$$path $(BIN)/python -S -m pytest
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=2 \
+	PYTHONPATH=$(ASAN)/site:$$path $(BIN)/python -P -S -m pytest --capture=sys
 
 clean:
 	rm -rf build dist $(READY) $(if $(VIRTUAL_ENV),,.venv)
@@ -63,5 +64,6 @@ $(READY): pyproject.toml CMakeLists.txt | $(BIN)/python
 		$(PIP) install "$(TORCH)" || \
 		$(PIP) install "$(TORCH)" --extra-index-url $(TORCH_INDEX)
 	$(PIP) install -q $(TOOLS)
-	$(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]" -C editable.rebuild=true -C editable.verbose=false
+	$(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]" \
+		-C build-dir=build/editable -C editable.rebuild=true -C editable.verbose=false
 	@touch $@

@@ -48,13 +48,13 @@ struct RecurrentParams {
   const void *w_ih, *w_hh, *b_ih, *b_hh;
   const void* panels;  // what `pack` wrote; null: forward reads the weights in place (meant for few rows)
 
-  Sequence x;       // (T, B, I)
-  State h_0, c_0;   // (B, H); c_0 for LSTM only
-  Sequence y;       // (T, B, H); an output of forward, an input of backward. Inactive rows are not written
-  State h_n, c_n;   // (B, H); may be null. A row of length 0 gets its h_0 and c_0
-  Sequence c_all;   // (T, B, H) every cell state, LSTM only; may be null
-  void* saved;      // `saved_bytes`, 64-byte aligned; written by forward for backward, null: inference.
-                    // backward destroys it (it turns the saved gates into their gradients in place)
+  Sequence x;      // (T, B, I)
+  State h_0, c_0;  // (B, H); c_0 for LSTM only
+  Sequence y;      // (T, B, H); an output of forward, an input of backward. Inactive rows are not written
+  State h_n, c_n;  // (B, H); may be null. A row of length 0 gets its h_0 and c_0
+  Sequence c_all;  // (T, B, H) every cell state, LSTM only; may be null
+  void* saved;     // `saved_bytes`, 64-byte aligned; written by forward for backward, null: inference.
+                   // backward destroys it (it turns the saved gates into their gradients in place)
 
   // backward only
   Sequence dy, dc_all;  // null: zero
@@ -67,9 +67,9 @@ struct RecurrentParams {
 };
 
 struct RecurrentKernels {
-  int64_t (*panels_bytes)(const RecurrentParams&);        // reads I, H
-  int64_t (*saved_bytes)(const RecurrentParams&);         // reads T, B, H, batch_sizes
-  void (*pack)(const RecurrentParams&, void* panels);     // reads I, H, threads, weights; panels 64-byte aligned
+  int64_t (*panels_bytes)(const RecurrentParams&);     // reads I, H
+  int64_t (*saved_bytes)(const RecurrentParams&);      // reads T, B, H, batch_sizes
+  void (*pack)(const RecurrentParams&, void* panels);  // reads I, H, threads, weights; panels 64-byte aligned
   Status (*forward)(const RecurrentParams&);
   Status (*backward)(const RecurrentParams&);
 };

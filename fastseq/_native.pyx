@@ -15,10 +15,6 @@ CELLS = {"rnn_tanh": kRnnTanh, "rnn_relu": kRnnRelu, "lstm": kLstm, "gru": kGru}
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 cdef int64_t[4] GATES = [1, 1, 4, 3]
 
-# From so many rows on, packing the weights for a single call costs less than reading them row by row.
-cdef enum:
-    PACKED_ROWS = 16
-
 cdef const Kernels* active = default_kernels()
 
 include "_native_tensors.pxi"
@@ -150,7 +146,7 @@ def recurrent_forward(
         saved = empty(&p.saved, UINT8, (kernels.saved_bytes(p[0]),))
         check_aligned(p.saved)
     with nogil:
-        status = forward(kernels, p)
+        status = forward_packed(kernels, p)
     check_status(status)
     return y, h_n, c_n, c_all, saved
 
@@ -188,7 +184,7 @@ def recurrent_step(
         saved = empty(&p.saved, UINT8, (kernels.saved_bytes(p[0]),))
         check_aligned(p.saved)
     with nogil:
-        status = forward(kernels, p)
+        status = kernels.forward(p[0])
     check_status(status)
     return y, h_n if float_state else y, c_n, saved
 
@@ -248,10 +244,12 @@ def recurrent_backward(
     return dx, dh_0, dc_0, dw_ih, dw_hh, db_ih, db_hh
 
 
-cdef Status forward(const RecurrentKernels* kernels, RecurrentParams* p) noexcept nogil:
+# A sequence is packed even for one step: sums over rows in place have another order, and a sequence can be cut anywhere
+# without a change of a bit.
+cdef Status forward_packed(const RecurrentKernels* kernels, RecurrentParams* p) noexcept nogil:
     cdef void* scratch = NULL
     cdef Status status
-    if p.panels == NULL and worth_packing(p):
+    if p.panels == NULL:
         scratch = allocate(kernels.panels_bytes(p[0]))
         if scratch == NULL:
             return kOutOfMemory
@@ -260,11 +258,6 @@ cdef Status forward(const RecurrentKernels* kernels, RecurrentParams* p) noexcep
     status = kernels.forward(p[0])
     release(scratch)
     return status
-
-
-# The one place that chooses between packed weights and the rows as they lie, where the caller has no panels.
-cdef bint worth_packing(const RecurrentParams* p) noexcept nogil:
-    return p.steps * p.batch >= PACKED_ROWS or (p.steps > 1 and p.saved != NULL)
 
 
 cdef int check_status(Status status) except -1:

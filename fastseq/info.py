@@ -12,10 +12,10 @@ from types import ModuleType
 
 import numpy
 import torch
-from fastseq.ops.support import SERVICE
 
 import fastseq
 from fastseq import backends
+from fastseq.ops.support import SERVICE
 
 # What /proc/cpuinfo must list, best last; csrc/dispatch.cpp asks the processor the same.
 _AVX2 = ("avx2", "fma", "f16c", "bmi1", "bmi2")

@@ -16,11 +16,11 @@ from itertools import product
 
 import numpy as np
 import torch
-from fastseq.reference.error_rule import EPS, Verdict, error_rule
-from fastseq.reference.torch_layout import GATES, recurrent_forward_backward
 from torch import Tensor
 
 from fastseq.info import load_kernels
+from fastseq.reference.error_rule import EPS, Verdict, error_rule
+from fastseq.reference.torch_layout import GATES, recurrent_forward_backward
 
 CELLS = tuple(GATES)
 SHOWN_FAILURES = 4  # per row of the table

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastseq.ops import SERVICE
 
 import fastseq
 from fastseq import demo, info, verify
 from fastseq.char_lm import TextError, read_text
 from fastseq.cli import main
+from fastseq.ops import SERVICE
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

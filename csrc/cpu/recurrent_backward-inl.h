@@ -6,7 +6,7 @@
 // 3. dW = dG^T [x | h_prev], db = the sum of dG.
 //
 // The gradients dG lie where the gates lay, (panels, rows, slots, units): as rows they are the operand A of 1 and 2, as
-// columns that of 3. Sums over K and over rows run in blocks of kBlock, in an order fixed by the shape.
+// columns that of 3. Sums over K and over rows run in blocks, in an order fixed by the shape.
 #pragma once
 
 #include "layout-inl.h"
@@ -127,7 +127,7 @@ class Backward {
     place(w_hh_.packed, pack_recurrent, w_hh_.elements());
     place(w_ih_.packed, pack_input, w_ih_.elements());
     place(dx_, p.dx.data, threads_ * kInputRows * w_ih_.vectors() * L::kLanes);
-    place(pointers_, p.dw_ih || p.dw_hh, threads_ * kBlock);
+    place(pointers_, p.dw_ih || p.dw_hh, threads_ * kRowBlock);
     place(packed_, p.dw_ih || p.dw_hh, threads_ * WeightGradient<Cell, S>::packed_elements());
     // Sums of bfloat16 gradients are kept in float32 until they are complete.
     place(sums_, !std::is_same_v<S, T> && (p.dw_ih || p.dw_hh), Cell::kTerms * layout.H * max(layout.I, layout.H));
@@ -266,7 +266,7 @@ class Backward {
                                        hidden_,
                                        rows_,
                                        sums_,
-                                       pointers_ + team.rank * kBlock,
+                                       pointers_ + team.rank * kRowBlock,
                                        packed_ + team.rank * WeightGradient<Cell, S>::packed_elements()};
       if (dw) gradient.weights(team, input, (S*)dw);
       if (db) gradient.biases(team, input, (S*)db);
@@ -285,7 +285,7 @@ class Backward {
   T* dh_ = nullptr;               // (B, width)
   T* dcarry_ = nullptr;           // (panels, B, kUnits)
   T* dx_ = nullptr;               // per thread (kInputRows, vectors of I)
-  const S** pointers_ = nullptr;  // per thread (kBlock)
+  const S** pointers_ = nullptr;  // per thread (kRowBlock)
   T* packed_ = nullptr;           // per thread
   T* sums_ = nullptr;             // (G*H, N), or null
   Schedule schedule{p, nullptr};

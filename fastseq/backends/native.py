@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastseq import _native
+import fastseq._native as _native  # `from fastseq import` would not tell a missing module from a broken one
 from fastseq._native import Panels
 
 __all__ = [
@@ -116,7 +116,7 @@ def recurrent_forward(
         x: (T, B, I), or the rows (sum of batch_sizes, I) of a packed sequence with `packed`.
         h_0, c_0: (B, H) or None for zeros; c_0 for the LSTM. dtype of x, or float32 with `float_state`.
         panels: `pack(cell, weights)`, made with the active instruction set. None: the weights are packed for this
-            call where that pays.
+            call.
         batch_sizes: int64 (T,), the number of rows active at each step: falling, at least 1. None: all, always.
         order: int64 (B,), the batch index of each row when rows are sorted by falling length. None: sorted already.
         reverse: from the last step to the first.

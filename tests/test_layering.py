@@ -1,0 +1,160 @@
+"""Who may know whom: imports in Python, includes and symbols in C++, and the size of files."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fastseq"
+CSRC = ROOT / "csrc"
+VENDORED = CSRC / "dlpack.h"
+
+# What each part of the package may import of fastseq beside itself. A single file of the package itself (cli.py,
+# fuse.py, ...) stands above them all and may import any of them but the extension.
+MAY_IMPORT = {
+    "nn": {"ops"},
+    "ops": {"backends"},
+    "backends": set(),
+    "reference": set(),
+}
+TOP_FILES = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+# The one file that may import the extension.
+BINDING = "backends/native.py"
+
+PYTHON_FILES = sorted(PACKAGE.rglob("*.py"))
+CXX_FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp") and path != VENDORED)
+SOURCES = [
+    path
+    for folder in ("fastseq", "csrc", "tests", "bench", "examples")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".py", ".pyx", ".pxd", ".pxi", ".h", ".cpp") and path != VENDORED
+]
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def imports_of(path):
+    """The absolute names of all modules that a file imports; `from a import b` counts as a.b and a."""
+    names = set()
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def parts_of(path):
+    """The parts of fastseq that a file imports."""
+    known = set(MAY_IMPORT) | TOP_FILES | {"_native"}
+    return {name.split(".")[1] for name in imports_of(path) if name.startswith("fastseq.")} & known
+
+
+def includes_of(path):
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.M)
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=name_of)
+def test_imports_point_one_way(path):
+    inside = path.relative_to(PACKAGE)
+    imported = parts_of(path)
+    assert "_native" not in imported or str(inside) == BINDING
+    if len(inside.parts) > 1:
+        part = inside.parts[0]
+        assert part in MAY_IMPORT, f"{part} is not in the table above"
+        assert imported <= MAY_IMPORT[part] | {part, "_native"}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "reference").rglob("*.py")), ids=name_of)
+def test_the_reference_knows_numpy_only(path):
+    outside = {name.split(".")[0] for name in imports_of(path)} - set(sys.stdlib_module_names)
+    assert outside <= {"numpy", "fastseq"}
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=name_of)
+def test_the_package_imports_no_tests(path):
+    assert not {name.split(".")[0] for name in imports_of(path)} & {"tests", "bench", "cases", "pytest"}
+
+
+def test_the_extension_imports_nothing():
+    for path in PACKAGE.glob("_native*"):
+        if path.suffix in (".pyx", ".pxd", ".pxi"):
+            text = path.read_text()
+            assert not re.findall(r"^\s*(?:import|from)\s+(?!cpython|libc)\w+.*import", text, re.M), path
+            assert not re.findall(r"^\s*import\s", text, re.M), path
+
+
+@pytest.mark.parametrize("path", CXX_FILES, ids=name_of)
+def test_includes(path):
+    included = includes_of(path)
+    inside = path.relative_to(CSRC)
+    assert not [name for name in included if re.search(r"torch|ATen|c10|[Pp]ython", name)], "csrc knows no torch"
+    assert ("immintrin.h" in included) <= (str(inside) == "cpu/simd.h"), "intrinsics are for cpu/simd.h"
+    assert ("omp.h" in included) <= (str(inside) == "cpu/threads.cpp"), "OpenMP is for cpu/threads.cpp"
+    assert ("#pragma omp" in path.read_text()) <= (str(inside) == "cpu/threads.cpp")
+    if inside.parts[0] == "math":
+        assert not [name for name in included if "/" in name], "math/ knows nothing but itself"
+    if path.name.endswith("-inl.h"):
+        standard = {name for name in included if re.fullmatch(r"[a-z_]+", name)}
+        assert standard <= {"cstdint", "cstddef", "cstring", "type_traits", "utility"}, "weak symbols of std"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_file_size(path):
+    assert len(path.read_text().splitlines()) <= 500, "split it"
+
+
+# ---- the objects of the build
+
+
+def kernel_objects():
+    """The ISA and the path of every object that CMake compiled for an ISA, in the newest build."""
+    builds = sorted(ROOT.glob("build/*/CMakeFiles"), key=lambda path: path.stat().st_mtime)
+    if not builds:
+        return []
+    found = builds[-1].glob("kernels_*.dir/csrc/cpu/*.o")
+    return [(path.parents[2].name.removeprefix("kernels_").removesuffix(".dir"), path) for path in found]
+
+
+def test_no_weak_symbol_leaves_its_isa():
+    # The linker keeps one copy of a weak symbol: an AVX-512 one in the hands of the baseline is an illegal instruction.
+    if not shutil.which("nm"):
+        pytest.skip("nm is not installed")
+    objects = kernel_objects()
+    if not objects:
+        pytest.skip("there is no build tree beside the sources")
+    weak = {}
+    for isa, path in objects:
+        listing = subprocess.run(
+            ["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True
+        ).stdout
+        for line in listing.splitlines():
+            kind, symbol = line[17:18], line[19:]
+            # Tables and names of a type (vtable for, typeinfo for) belong to the type.
+            if kind in "WVu" and f"fastseq::{isa}::" not in symbol.split("(")[0] and not symbol.startswith("DW.ref."):
+                weak.setdefault(symbol, set()).add(f"{isa}/{path.stem}")
+    assert not weak
+
+
+def test_every_isa_is_built_from_the_same_sources():
+    objects = kernel_objects()
+    if not objects:
+        pytest.skip("there is no build tree beside the sources")
+    sources = {}
+    for isa, path in objects:
+        sources.setdefault(isa, set()).add(path.name)
+    assert "baseline" in sources
+    assert all(names == sources["baseline"] for names in sources.values())
+    assert "table.cpp.o" in sources["baseline"]

@@ -1,0 +1,494 @@
+"""The binding: what it reads, what it refuses, what it allocates. That the kernels are right is tested elsewhere."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from cases import CELLS, TOLERANCES
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+native = pytest.importorskip("fastseq.backends.native", reason="the extension is not built")
+
+T, B, I, H = 7, 5, 9, 11  # noqa: E741
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+each_cell = pytest.mark.parametrize("cell", CELLS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=[True, False], ids=["dlpack", "attributes"])
+def reader(request):
+    """Both ways of reading tensors."""
+    assert native.attach(exchange=request.param) == request.param
+    yield request.param
+    native.attach()
+
+
+def make_weights(cell, dtype=torch.float32, bias=True):
+    rows = CELLS[cell] * H
+    shapes = (rows, I), (rows, H), (rows,), (rows,)
+    weights = tuple(torch.empty(shape, dtype=dtype).uniform_(-0.3, 0.3) for shape in shapes)
+    return weights if bias else (*weights[:2], None, None)
+
+
+def make_inputs(cell, dtype=torch.float32):
+    x, h = torch.randn(T, B, I, dtype=dtype), torch.randn(B, H, dtype=dtype)
+    return x, h, torch.randn(B, H, dtype=dtype) if cell == "lstm" else None
+
+
+def same(a, b):
+    """Equal results: tuples of tensors and None, bit for bit."""
+    assert len(a) == len(b)
+    for left, right in zip(a, b, strict=True):
+        assert (left is None) == (right is None)
+        assert left is None or torch.equal(left, right)
+
+
+def forward(cell="lstm", **changes):
+    """recurrent_forward on good arguments, with changes."""
+    x, h_0, c_0 = make_inputs(cell)
+    arguments = {"x": x, "h_0": h_0, "c_0": c_0, "weights": make_weights(cell)} | changes
+    return native.recurrent_forward(cell, **arguments)
+
+
+def backward(cell="lstm", **changes):
+    """recurrent_backward on good arguments, with changes."""
+    x, h_0, c_0 = make_inputs(cell)
+    weights = make_weights(cell)
+    y, _, _, _, saved = native.recurrent_forward(cell, x, h_0, c_0, weights, save=True)
+    arguments = {"x": x, "h_0": h_0, "c_0": c_0, "weights": weights, "y": y, "saved": saved}
+    arguments |= {"isa": native.active_isa(), "dy": torch.randn(T, B, H), "needs": [True] * 7}
+    arguments |= dict.fromkeys(("dh_n", "dc_n", "dc_all"))
+    return native.recurrent_backward(cell, **arguments | changes)
+
+
+# ---- what comes back
+
+
+@each_cell
+@each_dtype
+@pytest.mark.usefixtures("reader")
+def test_outputs(cell, dtype):
+    x, h, c = make_inputs(cell, dtype)
+    weights = make_weights(cell, dtype)
+    y, h_n, c_n, c_all, saved = native.recurrent_forward(cell, x, h, c, weights, return_c=True, save=True)
+    lstm = cell == "lstm"
+    assert (y.shape, y.dtype) == ((T, B, H), dtype)
+    assert (h_n.shape, h_n.dtype) == ((B, H), dtype)
+    assert torch.equal(h_n, y[-1])
+    assert (c_n is not None, c_all is not None) == (lstm, lstm)
+    if lstm:
+        assert torch.equal(c_n, c_all[-1])
+    assert (saved.dtype, saved.dim()) == (torch.uint8, 1)
+
+    shapes = (T, B, I), (B, H), (B, H) if lstm else None, *(w.shape for w in weights)
+    gradients = native.recurrent_backward(
+        cell, x, h, c, weights, y, saved, native.active_isa(), dy=y, dh_n=None, dc_n=None, dc_all=None, needs=[True] * 7
+    )
+    assert [None if g is None else (g.shape, g.dtype) for g in gradients] == [s and (s, dtype) for s in shapes]
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_against_torch(cell):
+    module = {"lstm": nn.LSTM, "gru": nn.GRU}[cell](I, H)
+    x, h, c = make_inputs(cell)
+    expected, _ = module(x, h[None] if c is None else (h[None], c[None]))
+    weights = module.weight_ih_l0, module.weight_hh_l0, module.bias_ih_l0, module.bias_hh_l0
+    y = native.recurrent_forward(cell, x, h, c, weights)[0]
+    rtol, atol = TOLERANCES["float32"]
+    torch.testing.assert_close(y, expected.detach(), rtol=rtol, atol=atol)
+
+
+@each_cell
+def test_both_readers_agree(cell):
+    inputs, weights = make_inputs(cell), make_weights(cell)
+    expected = native.recurrent_forward(cell, *inputs, weights, save=True)
+    step = native.recurrent_step(cell, inputs[0][0], *inputs[1:], *weights, 1)
+    native.attach(exchange=False)
+    try:
+        same(native.recurrent_forward(cell, *inputs, weights, save=True)[:4], expected[:4])
+        same(native.recurrent_step(cell, inputs[0][0], *inputs[1:], *weights, 1), step)
+    finally:
+        native.attach()
+
+
+@each_cell
+@each_dtype
+def test_step_is_a_sequence_of_one(cell, dtype):
+    (x, h, c), weights = make_inputs(cell, dtype), make_weights(cell, dtype)
+    panels = native.pack(cell, weights)
+    expected = native.recurrent_forward(cell, x[:1], h, c, weights)
+    for packed in (None, panels):
+        y, h_n, c_n, saved = native.recurrent_step(cell, x[0], h, c, *weights, 1, panels=packed)
+        assert h_n is y
+        assert saved is None
+        if packed is None:  # the rows of the weights where they lie: another order of sums
+            torch.testing.assert_close((y, c_n), (expected[0][0], expected[2]))
+        else:
+            same((y, c_n), (expected[0][0], expected[2]))
+
+
+def test_step_gives_new_tensors():
+    (x, h, c), weights = make_inputs("lstm"), make_weights("lstm")
+    first = native.recurrent_step("lstm", x[0], h, c, *weights, 1)
+    copies = first[0].clone(), first[2].clone()
+    second = native.recurrent_step("lstm", x[1], first[0], first[2], *weights, 1)
+    same((first[0], first[2]), copies)
+    assert len({t.data_ptr() for t in (first[0], first[2], second[0], second[2])}) == 4
+    assert type(first[0]) is torch.Tensor
+    assert not first[0].requires_grad
+
+
+@each_cell
+def test_states_of_bfloat16_in_float32(cell):
+    (x, h, c), weights = make_inputs(cell, torch.bfloat16), make_weights(cell, torch.bfloat16)
+    h, c = h.float(), None if c is None else c.float()
+    whole = native.recurrent_forward(cell, x, h, c, weights, float_state=True)
+    assert (whole[0].dtype, whole[1].dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(whole[1].bfloat16(), whole[0][-1])
+    y, h_n, c_n, _ = native.recurrent_step(cell, x[0], h, c, *weights, 1, float_state=True)
+    one = native.recurrent_forward(cell, x[:1], h, c, weights, float_state=True)
+    same((y, h_n, c_n), (one[0][0], one[1], one[2]))
+
+
+@each_cell
+def test_absent_states_are_zero(cell):
+    (x, h, c), weights = make_inputs(cell), make_weights(cell)
+    zeros = torch.zeros_like(h), None if c is None else torch.zeros_like(c)
+    same(native.recurrent_forward(cell, x, None, None, weights), native.recurrent_forward(cell, x, *zeros, weights))
+
+
+def test_memory_goes_with_the_tensors():
+    (x, h, c), weights = make_inputs("lstm"), make_weights("lstm")
+    results = [
+        *native.recurrent_step("lstm", x[0], h, c, *weights, 1, save=True),
+        *native.recurrent_forward("lstm", x, h, c, weights, save=True),
+    ]
+    alive = [weakref.ref(t.untyped_storage()) for t in results if t is not None]
+    tensors = [weakref.ref(t) for t in results if t is not None]
+    results.clear()
+    gc.collect()
+    assert not any(reference() for reference in alive + tensors)
+
+
+# ---- how tensors may lie in memory
+
+
+@each_cell
+@pytest.mark.usefixtures("reader")
+def test_strides(cell):
+    (x, h, c), weights = make_inputs(cell), make_weights(cell)
+    expected = native.recurrent_forward(cell, x, h, c, weights)
+    wide = torch.full((B, T, 2 * I), torch.nan)
+    wide[..., :I] = x.transpose(0, 1)
+    states = torch.stack([h, h if c is None else c], dim=1)  # rows of h and c take turns
+    views = wide[..., :I].transpose(0, 1), states[:, 0], None if c is None else states[:, 1]
+    same(native.recurrent_forward(cell, *views, weights), expected)
+    step = native.recurrent_step(cell, x[0], h, c, *weights, 1)
+    same(native.recurrent_step(cell, views[0][0], *views[1:], *weights, 1), step)
+
+
+def test_offset_and_expanded_inputs():
+    (x, h, c), weights = make_inputs("lstm"), make_weights("lstm")
+    rows = torch.cat([torch.full((1, B, I), torch.nan), x])[1:]
+    same(forward(x=rows, h_0=h, c_0=c, weights=weights), forward(x=x, h_0=h, c_0=c, weights=weights))
+    one = x[:1, :1].expand(T, B, I)
+    same(forward(x=one, h_0=h, c_0=c, weights=weights), forward(x=one.contiguous(), h_0=h, c_0=c, weights=weights))
+
+
+def test_output_into_a_view():
+    (x, h, c), weights = make_inputs("gru"), make_weights("gru")
+    expected = native.recurrent_forward("gru", x, h, c, weights)
+    both = torch.full((B, T, 2 * H), torch.nan)
+    y = both[..., H:].transpose(0, 1)
+    assert native.recurrent_forward("gru", x, h, c, weights, y=y)[0] is y
+    assert torch.equal(y, expected[0])
+    assert both[..., :H].isnan().all()
+
+
+def test_padding_is_zero_in_new_outputs_and_untouched_in_given_ones():
+    (x, h, c), weights = make_inputs("lstm"), make_weights("lstm")
+    sizes, order = torch.tensor([5, 5, 3, 3, 1, 1, 1]), torch.tensor([4, 0, 2, 1, 3])
+    lengths = torch.tensor([4, 2, 4, 2, 7])
+    padding = torch.arange(T)[:, None] >= lengths
+    x[padding] = torch.nan
+    y, _, _, c_all, _ = forward(x=x, h_0=h, c_0=c, weights=weights, batch_sizes=sizes, order=order, return_c=True)
+    for output in (y, c_all):
+        assert (output[padding] == 0).all()
+        assert output[~padding].isfinite().all()
+    given = torch.full((T, B, H), torch.nan)
+    forward(x=x, h_0=h, c_0=c, weights=weights, batch_sizes=sizes, order=order, y=given)
+    assert given[padding].isnan().all()
+    assert torch.equal(given[~padding], y[~padding])
+
+
+def test_packed_rows_equal_padded_rows():
+    (x, h, c), weights = make_inputs("lstm"), make_weights("lstm")
+    sizes = torch.tensor([5, 4, 4, 2, 1, 1, 1])
+    rows = torch.cat([x[t, :n] for t, n in enumerate(sizes)])
+    padded = forward(x=x, h_0=h, c_0=c, weights=weights, batch_sizes=sizes)
+    packed = forward(x=rows, h_0=h, c_0=c, weights=weights, batch_sizes=sizes, packed=True)
+    assert torch.equal(packed[0], torch.cat([padded[0][t, :n] for t, n in enumerate(sizes)]))
+    same(packed[1:3], padded[1:3])
+    alone = forward(x=rows, h_0=None, c_0=None, weights=weights, batch_sizes=sizes, packed=True)
+    zeros = torch.zeros(B, H)
+    same(alone, forward(x=rows, h_0=zeros, c_0=zeros, weights=weights, batch_sizes=sizes, packed=True))
+
+
+def test_input_gradient_given():
+    dy = torch.randn(T, B, H)
+    torch.manual_seed(1)
+    dx = backward(dy=dy)[0]
+    wide = torch.full((B, T, I + 1), torch.nan)
+    torch.manual_seed(1)
+    view = wide[..., :I].transpose(0, 1)
+    assert backward(dy=dy, dx=view)[0] is view
+    assert torch.equal(view, dx)
+    assert wide[..., I].isnan().all()
+    torch.manual_seed(1)
+    backward(dy=dy, dx=view, accumulate_dx=True)
+    assert torch.equal(view, dx + dx)
+
+
+def test_only_the_gradients_that_are_needed():
+    for index in range(7):
+        gradients = backward(needs=[i == index for i in range(7)])
+        assert [g is not None for g in gradients] == [i == index for i in range(7)]
+    assert backward(weights=make_weights("lstm", bias=False))[5:] == (None, None)
+
+
+# ---- panels
+
+
+@each_cell
+@each_dtype
+def test_panels(cell, dtype):
+    (x, h, c), weights = make_inputs(cell, dtype), make_weights(cell, dtype)
+    panels = native.pack(cell, weights)
+    assert panels.isa == native.active_isa()
+    assert panels.nbytes >= sum(w.nbytes for w in weights)
+    same(
+        native.recurrent_forward(cell, x, h, c, weights, panels=panels),
+        native.recurrent_forward(cell, x, h, c, weights),
+    )
+
+
+def test_panels_of_other_weights():
+    panels = native.pack("gru", make_weights("gru"))
+    with pytest.raises(ValueError, match="another cell, dtype or shape"):
+        forward("lstm", panels=panels)
+    with pytest.raises(ValueError, match="another cell, dtype or shape"):
+        forward("gru", panels=native.pack("gru", make_weights("gru", torch.float64)))
+    with pytest.raises(TypeError):
+        forward("gru", panels=b"panels")
+
+
+@pytest.mark.skipif(len(native.isas()) < 2, reason="this machine runs one instruction set only")
+def test_panels_of_another_isa():
+    panels = native.pack("gru", make_weights("gru"))
+    other = next(isa for isa in native.isas() if isa != native.active_isa())
+    with native.use_isa(other), pytest.raises(ValueError, match="packed for"):
+        forward("gru", panels=panels)
+
+
+# ---- what is refused
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def freed():
+    tensor = torch.randn(T, B, I)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+GOOD = torch.randn(T, B, I)
+BAD_INPUTS = {
+    "none": (None, TypeError),
+    "array": (GOOD.numpy(), TypeError),
+    "subclass": (GOOD.as_subclass(Subclass), TypeError),
+    "float16": (GOOD.half(), TypeError),
+    "complex": (GOOD.to(torch.complex64), TypeError),
+    "integer": (GOOD.long(), TypeError),
+    "bool": (GOOD > 0, TypeError),
+    "negative bit": (torch.randn(T, B, I, dtype=torch.complex64).conj().imag, RuntimeError),
+    "meta": (GOOD.to("meta"), (ValueError, RuntimeError)),
+    "sparse": (GOOD.to_sparse(), RuntimeError),
+    "freed": (freed(), RuntimeError),
+    "strided": (GOOD.mT.contiguous().mT, ValueError),
+    "empty": (GOOD[:0], ValueError),
+    "no rows": (GOOD[:, :0], ValueError),
+    "no columns": (GOOD[..., :0], ValueError),
+    "2 dimensions": (GOOD[0], ValueError),
+    "4 dimensions": (GOOD[None], ValueError),
+    "scalar": (GOOD[0, 0, 0], ValueError),
+    "other size": (GOOD[..., 1:], ValueError),
+    "other dtype": (GOOD.double(), TypeError),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+@pytest.mark.usefixtures("reader")
+def test_bad_input(name):
+    x, error = BAD_INPUTS[name]
+    with pytest.raises(error):
+        forward(x=x)
+    if name not in ("2 dimensions", "scalar", "4 dimensions", "empty"):
+        with pytest.raises(error):
+            native.recurrent_step("lstm", x if x is None else x[0], None, None, *make_weights("lstm"), 1)
+
+
+@pytest.mark.usefixtures("reader")
+def test_fake_tensors_never_reach_a_pointer():
+    weights = make_weights("lstm")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake, step = torch.randn(T, B, I), torch.randn(B, I)
+        fake_weights = tuple(mode.from_tensor(w) for w in weights)
+        for arguments in ({"x": fake}, {"weights": fake_weights}, {"h_0": torch.randn(B, H)}):
+            with pytest.raises(TypeError, match="FakeTensor"):
+                forward(**{"x": GOOD, "h_0": None, "c_0": None, "weights": weights} | arguments)
+        with pytest.raises(TypeError, match="FakeTensor"):
+            native.recurrent_step("lstm", step, None, None, *weights, 1)
+        with pytest.raises(TypeError, match="FakeTensor"):
+            native.checksum(fake)
+        with pytest.raises(TypeError, match="FakeTensor"):
+            native.pack("lstm", fake_weights)
+
+
+@pytest.mark.usefixtures("reader")
+def test_transformed_tensors_never_reach_a_pointer():
+    weights = make_weights("lstm")
+    with pytest.raises(RuntimeError):
+        torch.func.vmap(lambda x: native.recurrent_forward("lstm", x, None, None, weights)[0])(GOOD[None])
+    with pytest.raises(RuntimeError):
+        torch.func.grad(lambda x: native.recurrent_forward("lstm", x, None, None, weights)[0].sum())(GOOD)
+
+
+def test_parameters_are_read():
+    weights = make_weights("lstm")
+    parameters = tuple(nn.Parameter(w) for w in weights)
+    x = torch.randn(T, B, I)
+    same(forward(x=x, h_0=None, c_0=None, weights=parameters), forward(x=x, h_0=None, c_0=None, weights=weights))
+
+
+def changed_weights(index, change):
+    weights = list(make_weights("lstm"))
+    weights[index] = change(weights[index])
+    return tuple(weights)
+
+
+LONG = torch.tensor([B] * T)
+BAD_ARGUMENTS = {
+    "h_0 rows": ({"h_0": torch.zeros(B + 1, H)}, ValueError, "h_0"),
+    "h_0 of 1 row": ({"h_0": torch.zeros(1, H)}, ValueError, "h_0"),
+    "h_0 layers": ({"h_0": torch.zeros(1, B, H)}, ValueError, "h_0"),
+    "h_0 dtype": ({"h_0": torch.zeros(B, H, dtype=torch.float64)}, TypeError, "h_0"),
+    "h_0 stride": ({"h_0": torch.zeros(H, B).T}, ValueError, "h_0"),
+    "c_0 columns": ({"c_0": torch.zeros(B, H - 1)}, ValueError, "c_0"),
+    "float_state of float32": ({"float_state": True}, ValueError, "float_state"),
+    "w_ih rows": ({"weights": changed_weights(0, lambda w: w[1:])}, ValueError, "w_ih"),
+    "w_ih strides": ({"weights": changed_weights(0, lambda w: w.T.contiguous().T)}, ValueError, "w_ih"),
+    "w_ih missing": ({"weights": changed_weights(0, lambda w: None)}, TypeError, "w_ih"),
+    "w_hh missing": ({"weights": changed_weights(1, lambda w: None)}, TypeError, "w_hh"),
+    "w_hh rows": ({"weights": changed_weights(1, lambda w: w[: 3 * H])}, ValueError, "w_hh"),
+    "w_hh empty": ({"weights": changed_weights(1, lambda w: w[:, :0])}, ValueError, "w_hh"),
+    "w_hh dtype": ({"weights": changed_weights(1, lambda w: w.double())}, TypeError, "w_hh"),
+    "b_ih only": ({"weights": changed_weights(3, lambda w: None)}, ValueError, "both"),
+    "b_hh strides": ({"weights": changed_weights(3, lambda w: w[:1].expand(4 * H))}, ValueError, "b_hh"),
+    "y shape": ({"y": torch.zeros(T, B, H + 1)}, ValueError, "y"),
+    "y expanded": ({"y": torch.zeros(1, B, H).expand(T, B, H)}, ValueError, "overlap"),
+    "y windows": ({"y": torch.zeros(T + 1, B * H).as_strided((T, B, H), (B * H - 1, H, 1))}, ValueError, "overlap"),
+    "sizes dtype": ({"batch_sizes": LONG.int()}, TypeError, "batch_sizes"),
+    "sizes length": ({"batch_sizes": LONG[1:]}, ValueError, "batch_sizes"),
+    "sizes scalar": ({"batch_sizes": LONG[0]}, ValueError, "batch_sizes"),
+    "sizes of 0": ({"batch_sizes": torch.tensor([5, 4, 3, 2, 1, 1, 0])}, ValueError, "batch_sizes"),
+    "sizes above B": ({"batch_sizes": LONG + 1}, ValueError, "batch_sizes"),
+    "sizes that grow": ({"batch_sizes": torch.tensor([5, 4, 3, 4, 2, 1, 1])}, ValueError, "batch_sizes"),
+    "order above B": ({"batch_sizes": LONG, "order": torch.tensor([0, 1, 2, 3, 5])}, ValueError, "order"),
+    "order below 0": ({"batch_sizes": LONG, "order": torch.tensor([0, 1, 2, 3, -1])}, ValueError, "order"),
+    "order twice": ({"batch_sizes": LONG, "order": torch.tensor([0, 1, 2, 3, 3])}, ValueError, "order"),
+    "order length": ({"batch_sizes": LONG, "order": torch.tensor([0, 1, 2, 3])}, ValueError, "order"),
+    "reset dtype": ({"reset": torch.zeros(T, B)}, TypeError, "reset"),
+    "reset shape": ({"reset": torch.zeros(B, T, dtype=torch.bool)}, ValueError, "reset"),
+    "packed without sizes": ({"x": torch.zeros(T * B, I), "packed": True}, ValueError, "batch_sizes"),
+    "packed rows": ({"x": torch.zeros(T * B - 1, I), "packed": True, "batch_sizes": LONG}, ValueError, "x"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_arguments(name):
+    changes, error, message = BAD_ARGUMENTS[name]
+    with pytest.raises(error, match=message):
+        forward(**changes)
+
+
+BAD_GRADIENTS = {
+    "dy shape": ({"dy": torch.zeros(T, B, H + 1)}, ValueError, "dy"),
+    "dy stride": ({"dy": torch.zeros(()).expand(T, B, H)}, ValueError, "dy"),
+    "dh_n shape": ({"dh_n": torch.zeros(B, H + 1)}, ValueError, "dh_n"),
+    "y missing": ({"y": None}, TypeError, "y"),
+    "saved size": ({"saved": torch.zeros(64, dtype=torch.uint8)}, ValueError, "saved"),
+    "saved missing": ({"saved": None}, TypeError, "saved"),
+    "dx expanded": ({"dx": torch.zeros(1, B, I).expand(T, B, I)}, ValueError, "dx"),
+    "isa": ({"isa": "sse9"}, ValueError, "sse9"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_GRADIENTS)
+def test_bad_gradients(name):
+    changes, error, message = BAD_GRADIENTS[name]
+    with pytest.raises(error, match=message):
+        backward(**changes)
+
+
+def test_saved_must_be_aligned():
+    saved = forward(save=True)[4]
+    shifted = torch.empty(saved.numel() + 64, dtype=torch.uint8)[1:][: saved.numel()]
+    with pytest.raises(ValueError, match="aligned"):
+        backward(saved=shifted)
+
+
+def test_unknown_cell_and_wrong_states():
+    with pytest.raises(ValueError, match="cell"):
+        native.pack("elman", make_weights("gru"))
+    with pytest.raises(ValueError, match="c_0"):
+        forward("gru", c_0=torch.zeros(B, H))
+
+
+def test_huge_sizes_are_refused():
+    # A view of one element has any size, its results do not.
+    huge = torch.zeros(1, 1, 1).expand(1 << 40, 1 << 20, 1)
+    weights = torch.zeros(4 * H, 1), torch.zeros(4 * H, H), None, None
+    with pytest.raises(RuntimeError, match="too many"):
+        native.recurrent_forward("lstm", huge, None, None, weights)
+    with pytest.raises(RuntimeError):  # more than an address space holds
+        native.recurrent_forward("lstm", huge[: 1 << 28], None, None, weights)
+
+
+# ---- poisoned memory
+
+
+@each_cell
+def test_every_element_is_written(cell):
+    def poisoned(shape, dtype):
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else 0xFF)
+
+    native.attach(exchange=False, empty=poisoned)
+    try:
+        results = forward(cell, save=True, return_c=True)[:4] + tuple(backward(cell))
+        (x, h, c), weights = make_inputs(cell), make_weights(cell)
+        results += native.recurrent_step(cell, x[0], h, c, *weights, 1)
+    finally:
+        native.attach()
+    assert all(result.isfinite().all() for result in results if result is not None)
