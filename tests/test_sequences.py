@@ -227,6 +227,16 @@ def test_step_keeps_a_float32_state_for_bfloat16():
         assert all(s.dtype is torch.float32 for s in flat([state]))
 
 
+def test_step_with_projection():
+    lstm = fastseq.LSTM(3, 6, 2, proj_size=4, dtype=torch.float64)
+    x = torch.randn(7, 5, 3, dtype=torch.float64)
+    y, state = lstm(x)[0], None
+    for x_t, y_t in zip(x, y, strict=True):
+        output, state = lstm.step(x_t, state)
+        assert_close(output, y_t)
+    assert_close(lstm(x, lengths=[7, 3, 0, 7, 7])[0][:, 0], y[:, 0])
+
+
 def test_step_errors():
     lstm, gru = make("lstm", 3, 4), make("gru", 3, 4)
     x = torch.randn(5, 3, dtype=torch.float64)
@@ -242,6 +252,8 @@ def test_step_errors():
         gru.step(x, torch.zeros(1, 4, 4, dtype=torch.float64))
     with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] size \(1, 5, 4\), got \[5, 4\]"):
         lstm.step(x, (torch.zeros(1, 5, 4, dtype=torch.float64), torch.zeros(5, 4, dtype=torch.float64)))
+    with pytest.raises(RuntimeError, match=r"Expected hidden size \(1, 4\), got \[\]"):
+        gru.step(x[0], torch.tensor(0.0, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="not the same dtype"):
         gru.step(x, torch.zeros(1, 5, 4))
     with pytest.raises(RuntimeError, match="state must be what LSTM returns"):

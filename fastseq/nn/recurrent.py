@@ -233,15 +233,17 @@ class SequenceModule(PacksWeights):
         weights, states = self._weights(), self._states(state)
         if states is None:
             raise RuntimeError(f"step: state must be what {name} returns as h_n, got {type(state).__name__}")
-        if unbatched:
-            x_t = x_t.unsqueeze(0)
-            states = tuple(None if s is None else s.unsqueeze(1) for s in states)
-        x = x_t.unsqueeze(0)
+        if weights is None:
+            raise RuntimeError(f"step: a weight of the {name} is missing")
+        x = x_t.unsqueeze(0).unsqueeze(0) if unbatched else x_t.unsqueeze(0)
         self.check_input(x, None)
-        checks.check_state_sizes(states, self._state_sizes(x.shape[1]))
+        sizes = self._state_sizes(x.shape[1])
+        checks.check_state_sizes(states, [(size[0], size[2]) for size in sizes] if unbatched else sizes)
+        if unbatched:
+            states = tuple(None if s is None else s.unsqueeze(1) for s in states)
         tensors = [w for direction in weights for w in direction]
         route, backend = support.route((x, *tensors), states)
-        if route is Route.KERNELS and (self.proj_size or not x.numel()):
+        if route in (Route.KERNELS, Route.GRAPH) and (self.proj_size or not x.numel()):
             route = Route.TORCH
         float_state = x.dtype is torch.bfloat16
         checks.check_states(x, states, or_float32=float_state)
