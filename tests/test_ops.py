@@ -239,6 +239,14 @@ def test_functions_are_public(cell):
     assert_close(gradients([y], leaves), gradients(call(cell, x, h_0, c_0, *weights)[:1], leaves))
 
 
+def test_the_short_way_into_autograd():
+    """A torch where it is closed works, slower; the one tested with has it."""
+    from fastseq.ops import recurrent
+
+    for apply in (recurrent._apply_layer, recurrent._apply_step):
+        assert type(apply).__name__ == "builtin_function_or_method"
+
+
 def test_the_table_of_what_is_served():
     assert all(row.case and row.reason and row.served_by in ("kernels", "torch", "torch ops") for row in ops.SERVICE)
 

@@ -227,6 +227,16 @@ def test_step_keeps_a_float32_state_for_bfloat16():
         assert all(s.dtype is torch.float32 for s in flat([state]))
 
 
+def test_step_with_projection():
+    lstm = fastseq.LSTM(3, 6, 2, proj_size=4, dtype=torch.float64)
+    x = torch.randn(7, 5, 3, dtype=torch.float64)
+    y, state = lstm(x)[0], None
+    for x_t, y_t in zip(x, y, strict=True):
+        output, state = lstm.step(x_t, state)
+        assert_close(output, y_t)
+    assert_close(lstm(x, lengths=[7, 3, 0, 7, 7])[0][:, 0], y[:, 0])
+
+
 def test_step_errors():
     lstm, gru = make("lstm", 3, 4), make("gru", 3, 4)
     x = torch.randn(5, 3, dtype=torch.float64)
@@ -242,9 +252,85 @@ def test_step_errors():
         gru.step(x, torch.zeros(1, 4, 4, dtype=torch.float64))
     with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] size \(1, 5, 4\), got \[5, 4\]"):
         lstm.step(x, (torch.zeros(1, 5, 4, dtype=torch.float64), torch.zeros(5, 4, dtype=torch.float64)))
+    with pytest.raises(RuntimeError, match=r"Expected hidden size \(1, 4\), got \[\]"):
+        gru.step(x[0], torch.tensor(0.0, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="not the same dtype"):
         gru.step(x, torch.zeros(1, 5, 4))
     with pytest.raises(RuntimeError, match="state must be what LSTM returns"):
         lstm.step(x, torch.zeros(1, 5, 4, dtype=torch.float64))
     with pytest.raises(TypeError, match="x_t must be a Tensor, got list"):
         gru.step([1.0, 2.0, 3.0])
+
+
+def needs_kernels(route):
+    if route != "native":
+        pytest.skip("about the kernels")
+
+
+@pytest.mark.parametrize("cell", MODULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chunks_are_bitwise_the_whole(cell, dtype, route):
+    needs_kernels(route)
+    for inputs, hidden, batch in [(3, 9, 1), (65, 63, 7), (300, 129, 2)]:
+        rnn = make(cell, inputs, hidden, 2).to(dtype)
+        x = torch.randn(9, batch, inputs, dtype=dtype)
+        with torch.no_grad():
+            whole, last = rnn(x)
+            for sizes in ([4, 5], [1, 7, 1]):
+                hx, chunks = None, []
+                for chunk in x.split(sizes):
+                    y, hx = rnn(chunk, hx)
+                    chunks.append(y)
+                assert torch.equal(torch.cat(chunks), whole)
+                assert all(map(torch.equal, flat([hx]), flat([last])))
+            fastseq.freeze(rnn)
+            state = None
+            for x_t, y in zip(x, whole, strict=True):
+                output, state = rnn.step(x_t, state)
+                assert torch.equal(output, y)
+        assert torch.equal(rnn(x)[0], whole)  # with gradients
+        assert torch.equal(rnn(x, lengths=[9] * batch, return_states=True)[0], whole)
+
+
+@pytest.mark.parametrize("cell", MODULES)
+def test_bfloat16_steps_are_bitwise_each_other(cell, route):
+    """The state passed on in float32: all steps at once, or one by one."""
+    needs_kernels(route)
+    rnn = fastseq.freeze(make(cell, 65, 63, 2).bfloat16())
+    x = torch.randn(9, 3, 65, dtype=torch.bfloat16)
+    with torch.no_grad():
+        whole, _ = rnn(x)
+        state = None
+        for x_t, y in zip(x, whole, strict=True):
+            output, state = rnn.step(x_t, state)
+            assert torch.equal(output, y)
+
+
+def test_kernels_run(route, monkeypatch):
+    """Every call that the table says is served reaches the kernels: nothing takes torch's path unseen."""
+    needs_kernels(route)
+    from fastseq.backends import native
+
+    calls = []
+    forward = native.recurrent_forward
+    monkeypatch.setattr(native, "recurrent_forward", lambda *a, **k: calls.append(a) or forward(*a, **k))
+    for cell, dtype, grad in itertools.product(MODULES, [torch.float32, torch.float64, torch.bfloat16], [False, True]):
+        rnn = make(cell, 3, 4, 2, bidirectional=True, batch_first=True).to(dtype).requires_grad_(grad)
+        x = torch.randn(5, 7, 3, dtype=dtype)
+        packed = torch.nn.utils.rnn.pack_padded_sequence(x, [7, 5, 4, 4, 1], batch_first=True)
+        for inputs, options in [
+            (x, {}),
+            (x[0], {}),
+            (x[:1, :1], {}),
+            (packed, {}),
+            (packed, {"return_states": True}),
+            (x.transpose(1, 2).contiguous().transpose(1, 2), {}),
+            (x, {"lengths": [1, 2, 0, 3, 7], "reset": torch.rand(5, 7) < 0.3, "return_states": True}),
+        ]:
+            y, hx, *_ = rnn(inputs, **options)
+            if options or inputs is x:
+                rnn(inputs, hx, **options)
+                assert len(calls) == 8
+            assert len(calls) in (4, 8)
+            calls.clear()
+            assert flat(y)[0].requires_grad is grad

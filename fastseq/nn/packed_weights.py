@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -12,13 +13,20 @@ from torch import Tensor
 from fastseq.ops.cell import Direction
 
 
+class _Weight(NamedTuple):
+    """What a weight was when it was packed."""
+
+    tensor: weakref.ref[Tensor]
+    memory: int
+    dtype: torch.dtype
+    version: int | None
+    checksum: tuple[int, int] | None  # None: packed while frozen, the bytes were never read
+
+
 class _Entry(NamedTuple):
     backend: ModuleType
     isa: str
-    weights: tuple[weakref.ref[Tensor] | None, ...]
-    memory: tuple[tuple[int, torch.dtype] | None, ...]
-    versions: tuple[int | None, ...]
-    checksums: tuple[tuple[int, int] | None, ...] | None  # None: packed while frozen, the bytes were never read
+    weights: list[_Weight | None]
     panels: Any
 
 
@@ -26,9 +34,8 @@ class PackedWeights:
     """The panels of a module's layers and directions, by their place in the module.
 
     An entry holds for the very tensors it was made from: same objects, same memory, same version counters and, as
-        writes through `.data`
-    change none of these, the same checksum of every byte. `frozen` leaves out the last two. Entries are replaced whole,
-    so a thread sees an old one or a new one; two threads may pack the same weights twice.
+    writes through `.data` change none of these, the same checksum of every byte. `frozen` leaves out the last two.
+    Entries are replaced whole, so a thread sees an old one or a new one; two threads may pack the same weights twice.
     """
 
     def __init__(self) -> None:
@@ -42,52 +49,51 @@ class PackedWeights:
         """Drops every panel."""
         self._entries = {}
 
-    def panels(self, backend: ModuleType, cell: str, place: int, weights: Direction) -> Any:
-        """The panels for `weights`, packed anew where they changed; None where the weights are not contiguous."""
-        entry = self._entries.get(place)
-        if entry is not None and self._holds(entry, backend, weights):
-            return entry.panels
-        if not all(w is None or w.is_contiguous() for w in weights):
+    def panels(self, backend: ModuleType, cell: str, place: int, weights: Sequence[Direction]) -> tuple[Any, ...]:
+        """The panels for each direction of `weights`, packed anew where they changed; None where not contiguous."""
+        panels = []
+        for direction in weights:
+            entry = self._entries.get(place)
+            if entry is not None and self._holds(entry, backend, direction):
+                panels.append(entry.panels)
+            else:
+                panels.append(self._pack(backend, cell, place, direction))
+            place += 1
+        return tuple(panels)
+
+    def _pack(self, backend: ModuleType, cell: str, place: int, direction: Direction) -> Any:
+        if not all(w is None or w.is_contiguous() for w in direction):
             return None
         # Before packing: a write by another thread meanwhile must not pass for packed.
-        versions = tuple(map(_version, weights))
-        checksums = None if self.frozen else _checksums(backend, weights)
-        entry = _Entry(
-            backend,
-            backend.active_isa(),
-            tuple(None if w is None else weakref.ref(w) for w in weights),
-            tuple(map(_memory, weights)),
-            versions,
-            checksums,
-            backend.pack(cell, weights),
-        )
-        self._entries[place] = entry
-        return entry.panels
+        weights = [None if w is None else self._describe(backend, w) for w in direction]
+        panels = backend.pack(cell, direction)
+        self._entries[place] = _Entry(backend, backend.active_isa(), weights, panels)
+        return panels
 
-    def _holds(self, entry: _Entry, backend: ModuleType, weights: Direction) -> bool:
-        return (
-            entry.backend is backend
-            and entry.isa == backend.active_isa()
-            and all(w is (None if ref is None else ref()) for ref, w in zip(entry.weights, weights, strict=True))
-            and entry.memory == tuple(map(_memory, weights))
-            and (
-                self.frozen
-                or (
-                    entry.versions == tuple(map(_version, weights))
-                    and entry.checksums is not None
-                    and entry.checksums == _checksums(backend, weights)
-                )
-            )
-        )
+    def _describe(self, backend: ModuleType, weight: Tensor) -> _Weight:
+        checksum = None if self.frozen else backend.checksum(weight)
+        return _Weight(weakref.ref(weight), weight.data_ptr(), weight.dtype, _version(weight), checksum)
+
+    def _holds(self, entry: _Entry, backend: ModuleType, direction: Direction) -> bool:
+        if entry.backend is not backend or entry.isa != backend.active_isa():
+            return False
+        pairs = list(zip(entry.weights, direction, strict=True))
+        for known, weight in pairs:
+            if known is None or weight is None:
+                if known is not weight:
+                    return False
+            elif known.tensor() is not weight or known.memory != weight.data_ptr() or known.dtype is not weight.dtype:
+                return False
+        if self.frozen:
+            return True
+        for known, weight in pairs:
+            if weight is not None and (known.version != _version(weight) or known.checksum != backend.checksum(weight)):
+                return False
+        return True
 
 
-def _memory(weight: Tensor | None) -> tuple[int, torch.dtype] | None:
-    return None if weight is None else (weight.data_ptr(), weight.dtype)
-
-
-def _version(weight: Tensor | None) -> int | None:
-    return None if weight is None or weight.is_inference() else weight._version
-
-
-def _checksums(backend: ModuleType, weights: Direction) -> tuple[tuple[int, int] | None, ...]:
-    return tuple(None if w is None else backend.checksum(w) for w in weights)
+def _version(weight: Tensor) -> int | None:
+    try:
+        return weight._version
+    except RuntimeError:  # inference tensors have none
+        return None

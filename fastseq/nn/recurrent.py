@@ -38,14 +38,14 @@ class _Run(NamedTuple):
     """One call, as its layers see it."""
 
     weights: list[Direction]  # per layer and direction
-    rows: Rows | None
-    reset: Tensor | None
-    return_states: bool
-    float_state: bool
-    batch_first: bool
     route: Route
     backend: ModuleType | None
-    keeps_panels: bool
+    keeps_panels: bool = False
+    return_states: bool = False
+    float_state: bool = False
+    batch_first: bool = False
+    rows: Rows | None = None
+    reset: Tensor | None = None
 
 
 class SequenceModule(PacksWeights):
@@ -72,38 +72,32 @@ class SequenceModule(PacksWeights):
         if packed:
             checks.check_not_packed(lengths=lengths, reset=reset)
         beyond_torch = lengths is not None or reset is not None or return_states
-        data = input.data if packed else input
+        data, batch_sizes = (input.data, input.batch_sizes) if packed else (input, None)
         weights, states = self._weights(), self._states(hx)
-        fits = self._fits(data, input.batch_sizes if packed else None, states, weights)
+        fits = self._fits(data, batch_sizes, states, weights)
         if fits:
-            tensors = [w for direction in weights for w in direction]
-            route, backend = support.route((data, *tensors, *states))
-            fits = route is Route.KERNELS or checks.alike(data, tensors, states)
+            tensors = [data, *states]
+            for direction in weights:
+                tensors += direction
+            route, backend = support.route(tensors)
+            fits = route is Route.KERNELS or checks.alike(tensors)
         if not fits:
             return self._mistake(input, hx, beyond_torch)
         if not packed:
             checks.check_steps(data, self._steps(data))
-        if route in (Route.KERNELS, Route.GRAPH) and (self.proj_size or not data.numel()):
+        if route is not Route.TORCH and route is not Route.COMPOSITE and (self.proj_size or not data.numel()):
             route = Route.TORCH
-        if support.is_compiling() and (packed or route is Route.TORCH) and not torch.compiler.is_exporting():
-            # Outside the graph, as torch runs its own classes.
-            forward = torch.compiler.disable(type(self).forward)
-            return forward(self, input, hx, lengths=lengths, reset=reset, return_states=return_states)
-        if not beyond_torch and (route is Route.TORCH or (packed and route is not Route.KERNELS)):
-            return self._torch_class.forward(self, input, hx)
-        run = _Run(
-            weights,
-            packed_rows(input.batch_sizes) if packed else None,
-            None,
-            return_states,
-            False,
-            self.batch_first and not packed,
-            route,
-            backend,
-            route is Route.KERNELS and not needs_grad(data, *tensors, *states),
-        )
+        if route is not Route.KERNELS:
+            if support.is_compiling() and (packed or route is Route.TORCH) and not torch.compiler.is_exporting():
+                # Outside the graph, as torch runs its own classes.
+                forward = torch.compiler.disable(type(self).forward)
+                return forward(self, input, hx, lengths=lengths, reset=reset, return_states=return_states)
+            if not beyond_torch and (route is Route.TORCH or packed):
+                return self._torch_class.forward(self, input, hx)
+        keeps_panels = route is Route.KERNELS and not needs_grad(*tensors)
+        run = _Run(weights, route, backend, keeps_panels, return_states)
         if packed:
-            return self._forward_packed(input, states, run)
+            return self._forward_packed(input, states, run._replace(rows=packed_rows(batch_sizes)))
         return self._forward_padded(data, states, lengths, reset, run)
 
     def _mistake(self, input: Any, hx: Any, beyond_torch: bool) -> tuple:
@@ -121,24 +115,29 @@ class SequenceModule(PacksWeights):
         unbatched = data.dim() == 2
         if reset is not None:
             checks.check_reset(reset, tuple(data.shape[:-1]), data.device)
+        if not unbatched and not self.batch_first:
+            if lengths is not None or reset is not None:
+                rows = None if lengths is None else padded_rows(lengths, data.shape[0], data.shape[1], data.device)
+                run = run._replace(rows=rows, reset=reset)
+            y, states, all_states = self._layers(data, states, run)
+            return (y, self._hx(states), self._hx(all_states)) if run.return_states else (y, self._hx(states))
+
+        # The other layouts, by views.
+        x = data.unsqueeze(1) if unbatched else data.transpose(0, 1)
+        if reset is not None:
+            reset = reset.unsqueeze(1) if unbatched else reset.transpose(0, 1)
         if unbatched:
-            x, reset = data.unsqueeze(1), None if reset is None else reset.unsqueeze(1)
             states = tuple(None if s is None else s.unsqueeze(1) for s in states)
-        elif self.batch_first:
-            x, reset = data.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
-        else:
-            x = data
         rows = None if lengths is None else padded_rows(lengths, x.shape[0], x.shape[1], x.device)
-        y, states, all_states = self._layers(x, states, run._replace(rows=rows, reset=reset))
-        if self.batch_first:
+        y, states, all_states = self._layers(x, states, run._replace(rows=rows, reset=reset, batch_first=not unbatched))
+        if unbatched:
+            y = y.squeeze(1)
+            states = tuple(None if s is None else s.squeeze(1) for s in states)
+            all_states = tuple(None if s is None else s.squeeze(2) for s in all_states)
+        else:
             y = y.transpose(0, 1)
             all_states = tuple(None if s is None else s.movedim(2, 0) for s in all_states)
-        if unbatched:
-            y = y.squeeze(0 if self.batch_first else 1)
-            states = tuple(None if s is None else s.squeeze(1) for s in states)
-            all_states = tuple(None if s is None else s.squeeze(0 if self.batch_first else 2) for s in all_states)
-        result = (y, self._hx(states))
-        return (*result, self._hx(all_states)) if run.return_states else result
+        return (y, self._hx(states), self._hx(all_states)) if run.return_states else (y, self._hx(states))
 
     def _forward_packed(self, input: PackedSequence, states: States, run: _Run) -> tuple:
         data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -160,38 +159,45 @@ class SequenceModule(PacksWeights):
 
     def _layers(self, x: Tensor, states: States, run: _Run) -> tuple[Tensor, States, States]:
         """The output, the last states (L*D, B, H) and, if asked for, all states: (T, L*D, B, H), packed (R, L*D, H)."""
-        cell, directions = self._cell, 2 if self.bidirectional else 1
-        last, everything = [], []
-        for layer in range(self.num_layers):
-            places = range(layer * directions, (layer + 1) * directions)
-            weights = [run.weights[place] for place in places]
+        cell, layers = self._cell, self.num_layers
+        reverse = (False, True) if self.bidirectional else (False,)
+        directions = len(reverse)
+        want_c = run.return_states and cell.has_c
+        last_h, last_c, all_h, all_c = [], [], [], []
+        h_0, c_0 = states
+        for layer in range(layers):
+            begin, end = layer * directions, (layer + 1) * directions
+            weights = run.weights[begin:end]
             panels = None
             if run.keeps_panels:
-                keep = self._packed_weights()
-                panels = tuple(keep.panels(run.backend, cell.name, place, run.weights[place]) for place in places)
+                panels = self._packed_weights().panels(run.backend, cell.name, begin, weights)
             call = Layer(
                 cell,
-                (False, True)[:directions],
+                reverse,
                 run.rows,
                 run.reset,
-                run.return_states and cell.has_c,
+                want_c,
                 run.float_state,
-                run.batch_first and layer == self.num_layers - 1,
+                run.batch_first and layer == layers - 1,
                 panels,
             )
-            h_0, c_0 = (None if s is None else s[places.start : places.stop] for s in states)
+            if layers > 1:
+                h_0, c_0 = (None if s is None else s[begin:end] for s in states)
             x, h_n, c_n, c_all = run_layer(call, x, h_0, c_0, weights, run.route, run.backend)
-            last.append((h_n, c_n))
+            last_h.append(h_n)
+            last_c.append(c_n)
             if run.return_states:
-                everything.append((_by_direction(x, directions), _by_direction(c_all, directions)))
-            if self.dropout and layer < self.num_layers - 1:
+                all_h.append(_by_direction(x, directions))
+                all_c.append(_by_direction(c_all, directions))
+            if layer < layers - 1 and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
-        join = torch.cat if self.num_layers > 1 else lambda tensors, _: tensors[0]
-        states = tuple(None if s[0] is None else join(s, 0) for s in zip(*last, strict=True))
+        if layers > 1:
+            h_n = torch.cat(last_h)
+            c_n = torch.cat(last_c) if cell.has_c else None
         if not run.return_states:
-            return x, states, (None, None)
+            return x, (h_n, c_n), (None, None)
         # cat even of one: no result shares memory with another
-        return x, states, tuple(None if s[0] is None else torch.cat(s, 1) for s in zip(*everything, strict=True))
+        return x, (h_n, c_n), (torch.cat(all_h, 1), torch.cat(all_c, 1) if cell.has_c else None)
 
     def step(self, x_t: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """One step with the same weights: what `forward` does for T = 1, for streams that come step by step.
@@ -203,7 +209,7 @@ class SequenceModule(PacksWeights):
 
         Returns:
             The output (B, H) and the state after the step, to be passed to the next. The state of a bfloat16 module is
-            float32: with it, steps give bitwise what the whole sequence gives.
+            float32. Of frozen weights, steps give bitwise what the whole sequence gives.
 
         Raises:
             RuntimeError: the module is bidirectional; sizes, dtypes or devices do not fit.
@@ -227,15 +233,17 @@ class SequenceModule(PacksWeights):
         weights, states = self._weights(), self._states(state)
         if states is None:
             raise RuntimeError(f"step: state must be what {name} returns as h_n, got {type(state).__name__}")
-        if unbatched:
-            x_t = x_t.unsqueeze(0)
-            states = tuple(None if s is None else s.unsqueeze(1) for s in states)
-        x = x_t.unsqueeze(0)
+        if weights is None:
+            raise RuntimeError(f"step: a weight of the {name} is missing")
+        x = x_t.unsqueeze(0).unsqueeze(0) if unbatched else x_t.unsqueeze(0)
         self.check_input(x, None)
-        checks.check_state_sizes(states, self._state_sizes(x.shape[1]))
+        sizes = self._state_sizes(x.shape[1])
+        checks.check_state_sizes(states, [(size[0], size[2]) for size in sizes] if unbatched else sizes)
+        if unbatched:
+            states = tuple(None if s is None else s.unsqueeze(1) for s in states)
         tensors = [w for direction in weights for w in direction]
         route, backend = support.route((x, *tensors), states)
-        if route is Route.KERNELS and (self.proj_size or not x.numel()):
+        if route in (Route.KERNELS, Route.GRAPH) and (self.proj_size or not x.numel()):
             route = Route.TORCH
         float_state = x.dtype is torch.bfloat16
         checks.check_states(x, states, or_float32=float_state)
@@ -244,7 +252,7 @@ class SequenceModule(PacksWeights):
         if route is Route.KERNELS and not needs_grad(x, *tensors, *states):
             y, states = self._step_layers(x[0], states, weights, float_state, backend)
         else:
-            run = _Run(weights, None, None, False, float_state, False, route, backend, False)
+            run = _Run(weights, route, backend, float_state=float_state)
             y, states, _ = self._layers(x, states, run)
             y = y.squeeze(0)
         if unbatched:
@@ -259,7 +267,7 @@ class SequenceModule(PacksWeights):
         last = []
         for layer, direction in enumerate(weights):
             h, c = (None if s is None else unit_stride(s[layer]) for s in states)
-            panels = keep.panels(backend, cell.name, layer, direction) if keep.frozen else None
+            panels = keep.panels(backend, cell.name, layer, [direction])[0] if keep.frozen else None
             w_ih, w_hh, b_ih, b_hh = map(contiguous, direction)
             x, h, c, _ = backend.recurrent_step(
                 cell.name, unit_stride(x), h, c, w_ih, w_hh, b_ih, b_hh, threads, False, panels, float_state
@@ -392,5 +400,5 @@ class CellModule(PacksWeights):
     def _frozen_panels(self, packed: PackedWeights, cell: Cell, input: Tensor, weights: Direction) -> Any:
         route, backend = support.route((input, *weights))
         if route is Route.KERNELS and not needs_grad(input, *weights):
-            return packed.panels(backend, cell.name, 0, weights)
+            return packed.panels(backend, cell.name, 0, [weights])[0]
         return None

@@ -68,15 +68,10 @@ def check_state_sizes(states: Sequence[Tensor | None], sizes: Sequence[tuple[int
             raise RuntimeError(f"{what} {size}, got {list(state.shape)}")
 
 
-def alike(input: Tensor, weights: Sequence[Tensor | None], states: Sequence[Tensor | None]) -> bool:
-    """True where all have the dtype (but under autocast, which casts) and the device of the input."""
-    autocast = support.any_autocast()
-    return all(
-        (autocast or t.dtype is input.dtype) and t.device == input.device
-        for tensors in (weights, states)
-        for t in tensors
-        if t is not None
-    )
+def alike(tensors: Sequence[Tensor | None]) -> bool:
+    """True where all have the device and the dtype of the first. Autocast casts: under it dtypes may differ."""
+    first, autocast = tensors[0], support.any_autocast()
+    return all(t is None or ((autocast or t.dtype is first.dtype) and t.device == first.device) for t in tensors)
 
 
 def check_states(input: Tensor, states: Sequence[Tensor | None], or_float32: bool = False) -> None:

@@ -23,39 +23,49 @@ def forward(
     save: bool,
 ) -> tuple[Results, tuple[Tensor, ...]]:
     """The results of a layer and, with `save`, what the backward needs, per direction."""
-    rows = call.rows
-    directions, hidden = len(call.reverse), weights[1].shape[1]
-    y = _output(call, x, directions * hidden)
-    x, reset = _trim(rows, unit_stride(x)), _trim(rows, call.reset)
-    parts = []
-    for d, reverse in enumerate(call.reverse):
-        parts.append(
-            backend.recurrent_forward(
-                call.cell.name,
-                x,
-                None if h_0 is None else unit_stride(h_0[d]),
-                None if c_0 is None else unit_stride(c_0[d]),
-                tuple(map(contiguous, weights[4 * d : 4 * d + 4])),
-                panels=None if call.panels is None else call.panels[d],
-                batch_sizes=None if rows is None else rows.batch_sizes,
-                order=None if rows is None else rows.order,
-                packed=rows is not None and rows.packed,
-                reverse=reverse,
-                reset=reset,
-                save=save,
-                y=_trim(rows, _part(y, d, directions)),
-                return_c=call.want_c,
-                float_state=call.float_state,
-            )
+    cell, reverse, rows, reset, want_c, float_state, _, panels = call
+    directions = len(reverse)
+    # The backend makes a plain y itself. None is a view: autograd forbids changes of a view that a Function made.
+    alone = directions == 1 and not call.batch_first and not _padded(rows)
+    y = out = None if alone else _output(call, x, directions * weights[1].shape[1])
+    batch_sizes = order = None
+    packed = False
+    if rows is not None:
+        batch_sizes, order, packed = rows.batch_sizes, rows.order, rows.packed
+        x, reset, out = _trim(rows, x), _trim(rows, reset), _trim(rows, out)
+    x = unit_stride(x)
+    h_n, c_n, c_all, saved = [], [], [], []
+    for d in range(directions):
+        w_ih, w_hh, b_ih, b_hh = weights[4 * d : 4 * d + 4]
+        y_d, *states, c_steps, kept = backend.recurrent_forward(
+            cell.name,
+            x,
+            None if h_0 is None else unit_stride(h_0[d]),
+            None if c_0 is None else unit_stride(c_0[d]),
+            (contiguous(w_ih), contiguous(w_hh), contiguous(b_ih), contiguous(b_hh)),
+            panels=None if panels is None else panels[d],
+            batch_sizes=batch_sizes,
+            order=order,
+            packed=packed,
+            reverse=reverse[d],
+            reset=reset,
+            save=save,
+            y=_part(out, d, directions),
+            return_c=want_c,
+            float_state=float_state,
         )
-    _, h_n, c_n, c_all, saved = zip(*parts, strict=True)
+        h_n.append(states[0])
+        c_n.append(states[1])
+        c_all.append(c_steps)
+        saved.append(kept)
+    y = y_d if alone else y
     results = Results(
         y,
         _join(h_n),
-        _join(c_n) if call.cell.has_c else None,
-        _extend(torch.cat(c_all, -1) if directions > 1 else c_all[0], y.shape[0]) if call.want_c else None,
+        _join(c_n) if cell.has_c else None,
+        _extend(torch.cat(c_all, -1) if directions > 1 else c_all[0], y.shape[0]) if want_c else None,
     )
-    return results, saved if save else ()
+    return results, tuple(saved) if save else ()
 
 
 def backward(
@@ -118,7 +128,6 @@ def backward(
 
 
 def _output(call: Layer, x: Tensor, width: int) -> Tensor:
-    """Never a view: autograd forbids in-place changes of a view that a Function returns."""
     shape = (*x.shape[:-1], width)
     strides = (width, x.shape[0] * width, 1) if call.batch_first else None
     y = x.new_empty(shape) if strides is None else x.new_empty_strided(shape, strides)

@@ -96,18 +96,17 @@ def run_step(
         mistake. The backend
     checks types, dtypes, devices, shapes and strides itself, and here its time counts, so nothing is checked twice.
     """
-    if support.is_compiling() or support.transformed() or support.watched():
+    if support.observed():
         return None
     backend = backends.select()
     if backend is None:
         return None
     w_ih, w_hh, b_ih, b_hh = weights
     try:
-        if torch.is_grad_enabled() and needs_grad(x, h, c, w_ih, w_hh, b_ih, b_hh):
+        if torch.is_grad_enabled() and (w_hh.requires_grad or x.requires_grad or needs_grad(h, c, w_ih, b_ih, b_hh)):
             return _apply_step(cell, backend, x, h, c, w_ih, w_hh, b_ih, b_hh)
-        h_1, _, c_1, _ = backend.recurrent_step(
-            cell.name, x, h, c, w_ih, w_hh, b_ih, b_hh, torch.get_num_threads(), False, panels
-        )
+        threads = torch.get_num_threads()
+        h_1, _, c_1, _ = backend.recurrent_step(cell.name, x, h, c, w_ih, w_hh, b_ih, b_hh, threads, False, panels)
         return h_1, c_1
     except (RuntimeError, TypeError, ValueError):
         return None
@@ -221,64 +220,62 @@ class StepFunction(torch.autograd.Function):
         x: Tensor,
         h: Tensor | None,
         c: Tensor | None,
-        *weights: Tensor | None,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None,
+        b_hh: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """See the class."""
-        h_1, _, c_1, saved = backend.recurrent_step(cell.name, x, h, c, *weights, torch.get_num_threads(), True)
+        threads = torch.get_num_threads()
+        h_1, _, c_1, saved = backend.recurrent_step(cell.name, x, h, c, w_ih, w_hh, b_ih, b_hh, threads, True)
         ctx.set_materialize_grads(False)
-        ctx.cell, ctx.backend, ctx.isa = cell, backend, backend.active_isa()
-        _keep(ctx, (x, h, c, *weights), h_1, (saved,))
+        ctx.save_for_backward(x, h, c, w_ih, w_hh, b_ih, b_hh, saved)
+        ctx.how = cell, backend, [backend.active_isa()]
         return h_1, c_1
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> tuple:
         """Gradients of the inputs, None for those that need none."""
-        (x, h, c, *weights), h_1, saved = _kept(ctx)
+        *inputs, saved = ctx.saved_tensors
+        x, h, c, *weights = inputs
+        cell, backend, isas = ctx.how
+        needs = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
-            return (
-                None,
-                None,
-                *_composite_backward(
-                    lambda x, h, c, *w: composite.step(ctx.cell, x, h, c, w),
-                    (x, h, c, *weights),
-                    (dh, dc),
-                    ctx.needs_input_grad[2:],
-                ),
-            )
-        cell, backend, isa = ctx.cell, ctx.backend, ctx.isa
-        if saved is None:
-            h_1, _, _, *saved = backend.recurrent_step(cell.name, x, h, c, *weights, torch.get_num_threads(), True)
+            grads = _composite_backward(lambda x, h, c, *w: composite.step(cell, x, h, c, w), inputs, (dh, dc), needs)
+            return None, None, *grads
+        dh, dc = unit_stride(dh), unit_stride(dc)
+        grad = dc if dh is None else dh
+        if grad is None:
+            return (None,) * 9
+        try:
+            isa = isas.pop()  # atomic: `saved` serves one backward
+        except IndexError:
+            *_, saved = backend.recurrent_step(cell.name, x, h, c, *weights, torch.get_num_threads(), True)
             isa = backend.active_isa()
-        dx, *others = backend.recurrent_backward(
+        dx, dh_0, dc_0, *dweights = backend.recurrent_backward(
             cell.name,
             x.unsqueeze(0),
             h,
             c,
-            tuple(weights),
-            h_1.unsqueeze(0),
-            saved[0],
+            weights,
+            grad.unsqueeze(0),  # y: only read as the state before a later step, so anything of its shape will do
+            saved,
             isa,
             dy=None,
-            dh_n=unit_stride(dh),
-            dc_n=unit_stride(dc),
+            dh_n=dh,
+            dc_n=dc,
             dc_all=None,
-            needs=ctx.needs_input_grad[2:],
-            batch_sizes=None,
-            order=None,
-            packed=False,
-            reverse=False,
-            reset=None,
-            float_state=False,
+            needs=needs,
         )
-        return None, None, None if dx is None else dx.squeeze(0), *others
+        return None, None, None if dx is None else dx.squeeze(0), dh_0, dc_0, *dweights
 
 
 def _c_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` without its Python prologue, which only serves torch.func; `support.route` keeps those calls
     away.
 
-    That the method of the C base class can be reached this way is a detail of torch, hence the trial (without the
-    autograd engine, whose threads must not start at import).
+    That the method of the C base class can be reached this way is a detail of torch, hence the trial. It stops
+    short of a backward, as the threads of the autograd engine must not start at import.
     """
 
     class Trial(torch.autograd.Function):
@@ -292,9 +289,8 @@ def _c_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
     try:
         with torch.enable_grad():
-            x = torch.ones((), device="cpu", requires_grad=True)
-            node = super(torch.autograd.Function, Trial).apply(x).grad_fn
-        if node.name() == "TrialBackward" and node(torch.ones((), device="cpu")).item() == 2:
+            result = super(torch.autograd.Function, Trial).apply(torch.ones((), device="cpu", requires_grad=True))
+        if result.item() == 2 and result.grad_fn.name() == "TrialBackward":
             return super(torch.autograd.Function, function).apply
     except (AttributeError, RuntimeError, TypeError):
         pass

@@ -50,6 +50,7 @@ SERVICE: tuple[Service, ...] = (
     Service("float16, complex and mixed dtypes", "torch", "no kernels for them"),
     Service("CUDA, MPS, meta and sparse tensors", "torch", "no kernels for them yet"),
     Service("proj_size > 0", "torch", "no projection in the kernels"),
+    Service("cells: strided last axis, weights not contiguous", "torch", "a copy would cost as much as the step"),
     Service("batch of 0, hidden_size of 0", "torch", "nothing to compute"),
     Service("autocast", "torch", "result dtypes are torch's, which differ by cell"),
     Service("tensor subclasses, FakeTensor, dispatch and function modes", "torch", "a kernel reads plain memory only"),
@@ -82,16 +83,22 @@ def _foreign_function_modes() -> bool:
     return not all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
-def watched() -> bool:
-    """True where something watches torch calls and must be able to see ours: a mode, a tracer, autocast."""
-    return bool(
-        dispatch_modes() or (function_modes() and _foreign_function_modes()) or tracing() is not None or any_autocast()
-    )
-
-
 def transformed() -> bool:
     """True inside torch.func transforms and under forward-mode AD."""
     return bool(transforms_active()) or forward_ad._current_level >= 0
+
+
+def observed() -> bool:
+    """True where something must see torch's own calls: a compiler, a transform, a mode, a tracer, autocast."""
+    return bool(
+        is_compiling()
+        or transforms_active()
+        or forward_ad._current_level >= 0
+        or dispatch_modes()
+        or (function_modes() and _foreign_function_modes())
+        or tracing() is not None
+        or any_autocast()
+    )
 
 
 def plain(tensor: Tensor, dtype: torch.dtype) -> bool:
@@ -120,21 +127,29 @@ def route(tensors: Iterable[Tensor | None], states: Iterable[Tensor | None] = ()
         tensors: the input first, then weights and biases; all must have the input's dtype.
         states: initial states, which may also be float32 beside a bfloat16 input.
     """
-    if is_compiling():
-        tensors = [t for t in (*tensors, *states) if t is not None]
-        served = not torch.compiler.is_exporting() and not torch.is_autocast_enabled("cpu") and kernels_selected()
-        served = served and all(t.is_cpu and t.dtype is tensors[0].dtype and type(t) in PLAIN_TYPES for t in tensors)
-        return (Route.GRAPH if served and tensors[0].dtype in DTYPES else Route.TORCH), None
-    if transformed():
-        return Route.COMPOSITE, None
-    if watched():
-        return Route.TORCH, None
-    tensors = [t for t in tensors if t is not None]
-    dtype = tensors[0].dtype
-    if dtype not in DTYPES or not all(plain(t, dtype) for t in tensors):
-        return Route.TORCH, None
-    state_dtypes = (dtype, torch.float32) if dtype is torch.bfloat16 else (dtype,)
-    if not all(any(plain(s, d) for d in state_dtypes) for s in states if s is not None):
-        return Route.TORCH, None
+    if observed():
+        return _observed_route([t for t in (*tensors, *states) if t is not None]), None
+    dtype = None
+    for tensor in tensors:
+        if tensor is not None:
+            if dtype is None:
+                dtype = tensor.dtype
+                if dtype not in DTYPES:
+                    return Route.TORCH, None
+            if not plain(tensor, dtype):
+                return Route.TORCH, None
+    for state in states:
+        wide = dtype is torch.bfloat16 and state is not None and plain(state, torch.float32)
+        if state is not None and not wide and not plain(state, dtype):
+            return Route.TORCH, None
     backend = backends.select()
-    return (Route.KERNELS if backend is not None else Route.TORCH), backend
+    return (Route.TORCH if backend is None else Route.KERNELS), backend
+
+
+def _observed_route(tensors: list[Tensor]) -> Route:
+    if is_compiling():
+        served = not torch.compiler.is_exporting() and not torch.is_autocast_enabled("cpu") and kernels_selected()
+        served = served and tensors[0].dtype in DTYPES
+        served = served and all(t.is_cpu and t.dtype is tensors[0].dtype and type(t) in PLAIN_TYPES for t in tensors)
+        return Route.GRAPH if served else Route.TORCH
+    return Route.COMPOSITE if transformed() else Route.TORCH
