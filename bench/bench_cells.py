@@ -27,6 +27,7 @@ def test_cell(benchmark, race, name, shape, mode, dtype):
         module=name,
         shape=shape.id,
         batch=shape.B,
+        weight_bytes=(1 + (mode == "training")) * shape.weights_read(name) * dtype.itemsize,
     )
     info = benchmark.extra_info
     info.update(floors(name, mode, shape, info["dtype"], info["threads"]))

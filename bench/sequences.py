@@ -35,7 +35,7 @@ def run(benchmark, race, name: str, shape: Shape, dtype: torch.dtype, mode: str)
         module=name,
         shape=shape.id,
         batch=shape.B,
-        recurrent_bytes=passes * shape.recurrent_weights(name) * dtype.itemsize,
+        weight_bytes=(1 + (mode == "training")) * shape.weights_read(name) * dtype.itemsize,
     )
     info = benchmark.extra_info
     info.update(floors(name, mode, shape, info["dtype"], info["threads"]))

@@ -32,8 +32,8 @@ class Shape(NamedTuple):
             inputs = directions * self.H
         return total
 
-    def recurrent_weights(self, name: str) -> int:
-        """How many recurrent weights a forward pass reads if it reads them all at every step."""
+    def weights_read(self, name: str) -> int:
+        """How many recurrent weights a forward pass reads, all of them at every step."""
         return self.T * self.layers * (1 + self.bidirectional) * GATES[name] * self.H**2
 
 
@@ -48,7 +48,10 @@ class CellShape(NamedTuple):
         return f"B{self.B}-H{self.H}"
 
     def flops(self, name: str) -> int:
-        return 4 * self.B * GATES[name] * self.H**2
+        return 2 * self.B * self.weights_read(name)
+
+    def weights_read(self, name: str) -> int:
+        return 2 * GATES[name] * self.H**2
 
 
 SEQUENCES = (
