@@ -21,6 +21,7 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 COMPUTE_BOUND = 0.75  # of the FMA peak
 CALL_BOUND = 10e-6  # seconds of arithmetic, at the peak
+BUSY = 1.1  # load average per processor: more than this run can cause itself
 MODULES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 MODES = ("forward", "forward with grad", "training")
 
@@ -33,7 +34,7 @@ class RecordError(ValueError):
 class Row:
     """One case of the record. Times are medians in seconds, ratios are torch's time over ours.
 
-    weight_bytes: of the weights that every step reads, all steps together.
+    weight_bytes: of the weights that every step reads, all steps together. load: the load average per processor.
     """
 
     module: str
@@ -51,6 +52,7 @@ class Row:
     ratio: float
     ratio_quartiles: tuple[float, float]
     rounds: int
+    load: float
     share_of_peak: float
     ratio_floor: float | None = None
     share_floor: float | None = None
@@ -74,6 +76,15 @@ class Row:
         return self.below_floor or self.above_ceiling
 
     @property
+    def doubt(self) -> str:
+        """Why the numbers cannot be trusted, whether good or bad; empty if nothing speaks against them."""
+        if self.load > BUSY:
+            return f"doubtful: others used the machine, load {self.load:.1f} per processor"
+        if self.share_of_peak > 1:
+            return "doubtful: faster than the FMA peak, so the peak was disturbed"
+        return ""
+
+    @property
     def limit(self) -> str:
         """What our time goes into, as far as the numbers tell."""
         if self.share_of_peak >= COMPUTE_BOUND:
@@ -88,7 +99,9 @@ class Row:
 
     @property
     def note(self) -> str:
-        """Why the case falls short; empty if it does not."""
+        """Why the case is in doubt, or else why it falls short; empty if it is neither."""
+        if self.doubt:
+            return self.doubt
         notes = []
         if self.below_floor:
             at_peak = self.ratio / self.share_of_peak
@@ -138,10 +151,10 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def shares(rows: list[Row]) -> list[Share]:
-    """The median shares of the FMA peak, by threads."""
+    """The median shares of the FMA peak, by threads, over the cases that are not in doubt."""
     groups: dict[tuple[int, float], list[float]] = {}
     for row in rows:
-        if row.share_floor is not None:
+        if row.share_floor is not None and not row.doubt:
             groups.setdefault((row.threads, row.share_floor), []).append(row.share_of_peak)
     return [Share(*key, statistics.median(group), len(group)) for key, group in groups.items()]
 
@@ -159,7 +172,7 @@ def picture(rows: list[Row]) -> bytes:
                 points = [
                     (row.ratio, labels.index((row.module, row.mode)) + shift)
                     for row in rows
-                    if (row.threads, row.dtype, row.missed) == (count, dtype, missed)
+                    if (row.threads, row.dtype, row.below_floor) == (count, dtype, missed)
                 ]
                 name = f"{dtype}, short of its floor" if missed else dtype
                 if points:
@@ -173,8 +186,12 @@ def picture(rows: list[Row]) -> bytes:
         axes.set_xlim(low, high)
         axes.grid(axis="x", alpha=0.3)
         axes.set_yticks(range(len(labels)), [f"{module} {mode}" for module, mode in labels])
-        axes.legend(fontsize="small")
     axes.invert_yaxis()
+    markers = {}
+    for panel in figure.axes:
+        handles, names = panel.get_legend_handles_labels()
+        markers |= dict(zip(names, handles, strict=True))
+    figure.legend(markers.values(), markers.keys(), loc="outside lower center", ncols=4)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     return png.getvalue()
@@ -207,6 +224,7 @@ def run(record: Path, output: Path) -> int:
     contents, rows = read(record)
     output.write_text(page(contents, rows), encoding="utf-8")
     held = [row for row in rows if row.ratio_floor is not None]
-    missed = sum(row.below_floor for row in held)
-    print(f"{len(rows)} cases, {len(held)} with a floor, {missed} below it: {output}")
+    doubtful = sum(bool(row.doubt) for row in held)
+    missed = sum(row.below_floor for row in held if not row.doubt)
+    print(f"{len(rows)} cases, {len(held)} with a floor: {missed} below it, {doubtful} in doubt; {output}")
     return 0

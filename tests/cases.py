@@ -97,8 +97,8 @@ TOLERANCES = {
     # Central differences in float64 with a step of 1e-5: the step's square, and eps over the step.
     "finite difference": Tolerance(rtol=1e-7, atol=1e-8),
     # Before a time is taken: each tensor divided by its largest value, against torch in float32.
-    "benchmark float32": Tolerance(rtol=0, atol=1e-4),
-    "benchmark bfloat16": Tolerance(rtol=0, atol=3e-2),
+    "benchmark float32": Tolerance(rtol=0, atol=1e-5),
+    "benchmark bfloat16": Tolerance(rtol=0, atol=1e-2),
 }
 
 

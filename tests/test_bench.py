@@ -52,6 +52,7 @@ def row(**changes):
         "ratio": 2.0,
         "ratio_quartiles": (1.9, 2.1),
         "rounds": 100,
+        "load": 1.0,
         "share_of_peak": 0.8,
         "ratio_floor": 1.35,
     }
@@ -79,7 +80,8 @@ def test_report(record, tmp_path, capsys):
     rows = read(record)[1]
     assert f"{len(rows)} cases" in capsys.readouterr().out
     html = output.read_text()
-    assert html.count("<tr") == len(rows) + 1 + len(shares(rows)) + 1
+    summary = shares(rows)
+    assert html.count("<tr") == len(rows) + 1 + len(summary) + bool(summary)
     (png,) = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
     assert base64.b64decode(png).startswith(b"\x89PNG\r\n")
     assert not re.findall(r'(?:src|href)="(?!data:)', html)
@@ -91,9 +93,10 @@ def test_page_marks_what_falls_short():
         "commit_info": {"id": None, "dirty": False},
         "datetime": "2026-01-01",
     }
-    html = page(record, [row(), row(ratio=1.2, ratio_quartiles=(1.1, 1.3)), row(share_floor=0.9)])
+    html = page(record, [row(), row(ratio=1.2, ratio_quartiles=(1.1, 1.3)), row(share_floor=0.9), row(load=2.0)])
     assert "A &lt;fast&gt; one" in html
     assert html.count('class="missed"') == 2  # a case, and the median share
+    assert html.count('class="doubtful"') == 1
 
 
 @pytest.mark.parametrize(
@@ -114,6 +117,14 @@ def test_note(changes, note):
     case = row(**changes)
     assert note in case.note
     assert bool(case.note) == case.missed == bool(note)
+
+
+@pytest.mark.parametrize("changes", [{"load": 1.8}, {"share_of_peak": 1.2}])
+@pytest.mark.parametrize("ratio", [1.0, 20.0])
+def test_doubt(ratio, changes):
+    case = row(ratio=ratio, share_floor=0.8, **changes)
+    assert case.note.startswith("doubtful: ")
+    assert shares([case]) == []
 
 
 def test_shares_are_medians_of_their_threads():
@@ -138,3 +149,9 @@ def test_report_refused(tmp_path, capsys):
     assert "No such file or directory" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "none.json"), "--output", str(tmp_path)]) == 2
     assert "it is a folder" in capsys.readouterr().err
+
+
+def test_report_without_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert main(["report", "record.json"]) == 2
+    assert "needs jinja2 of the extra `cli`" in capsys.readouterr().err
