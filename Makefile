@@ -26,7 +26,8 @@ test: $(READY)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
 
 bench: $(READY)
-	$(BIN)/python -m pytest bench
+	$(BIN)/python -m pytest bench --benchmark-json=fastseq-bench.json
+	$(BIN)/fastseq report fastseq-bench.json
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -2,36 +2,32 @@
 
 import pytest
 import torch
-from conftest import SMALL
-from torch import nn
-
-import fastseq
-
-GATES = {"RNNCell": 1, "LSTMCell": 4, "GRUCell": 3}
-SHAPES = ((1, 8),) if SMALL else ((1, 64), (1, 128), (1, 512), (32, 256), (64, 512))
+from floors import floors
+from peers import MODES, peers
+from sequences import over_dtypes
+from shapes import CELLS
 
 
-@pytest.mark.parametrize("mode", ["no_grad", "forward", "training"])
-@pytest.mark.parametrize(("batch", "size"), SHAPES, ids=lambda n: str(n))
-@pytest.mark.parametrize("name", GATES)
-def test_cell(race, name, batch, size, mode):
-    torch.manual_seed(0)
-    theirs, ours = getattr(nn, name)(size, size), getattr(fastseq, name)(size, size)
-    ours.load_state_dict(theirs.state_dict())
-    x, h = torch.randn(batch, size, requires_grad=mode != "no_grad"), torch.randn(batch, size)
-    hx = (h, torch.randn(batch, size)) if name == "LSTMCell" else h
-    result, expected = (cell(x, hx)[0] if name == "LSTMCell" else cell(x, hx) for cell in (ours, theirs))
-    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
-    dy = torch.randn(batch, size)
-
-    def call(cell):
-        if mode == "no_grad":
-            with torch.no_grad():
-                cell(x, hx)
-            return
-        y = cell(x, hx)
-        if mode == "training":
-            (y[0] if name == "LSTMCell" else y).backward(dy)
-
+@over_dtypes
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.replace(" ", "_"))
+@pytest.mark.parametrize("shape", CELLS, ids=lambda shape: shape.id)
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_cell(benchmark, race, name, shape, mode, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, h, c = (torch.randn(shape.B, shape.H, generator=generator) for _ in range(3))
+    hx = (h, c) if name == "LSTMCell" else h
+    ours, theirs = peers(name, (shape.H, shape.H), (x, hx), mode, dtype)
     passes = 3 if mode == "training" else 1
-    race(lambda: call(ours), lambda: call(theirs), passes * 4 * batch * GATES[name] * size * size)
+    race(
+        ours.call,
+        {"torch": theirs.call},
+        passes * shape.flops(name),
+        dtype,
+        mode,
+        module=name,
+        shape=shape.id,
+        batch=shape.B,
+        weight_bytes=(1 + (mode == "training")) * shape.weights_read(name) * dtype.itemsize,
+    )
+    info = benchmark.extra_info
+    info.update(floors(name, mode, shape, info["dtype"], info["threads"]))

@@ -5,11 +5,11 @@ from sequences import over_dtypes, over_shapes, run
 
 @over_dtypes
 @over_shapes
-def test_forward(race, shape, dtype):
-    run(race, "LSTM", shape, dtype, training=False)
+def test_forward(benchmark, race, shape, dtype):
+    run(benchmark, race, "LSTM", shape, dtype, "forward")
 
 
 @over_dtypes
 @over_shapes
-def test_training(race, shape, dtype):
-    run(race, "LSTM", shape, dtype, training=True)
+def test_training(benchmark, race, shape, dtype):
+    run(benchmark, race, "LSTM", shape, dtype, "training")

@@ -3,15 +3,31 @@
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
+from peers import grad_mode
+from shapes import SMALL
 
 from fastseq.backends import native
+from fastseq.info import cpu_name
 
-SMALL = os.environ.get("FASTSEQ_BENCH_SMALL", "") not in ("", "0")  # a smoke test: tiny shapes, one round
-SECONDS = float(os.environ.get("FASTSEQ_BENCH_SECONDS", "2"))
+SECONDS = float(os.environ.get("FASTSEQ_BENCH_SECONDS", "2"))  # per case
+TURN_SECONDS = 2e-3  # short calls are repeated for so long in each turn
+PEAK_SECONDS = 5e-3
+# A shorter call is made once untimed at the start of each turn: it finds the caches and the sleeping threads that the
+# measurement of the peak or the other contender left.
+SETTLED_SECONDS = 20e-3
+ROUNDS = range(3, 500)
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info["fastseq"] = {
+        "processor": cpu_name(),
+        "processors_usable": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__,
+    }
 
 
 @pytest.fixture(params=sorted({1, torch.get_num_threads()}), ids=lambda n: f"threads{n}")
@@ -22,44 +38,74 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def seconds(call: Callable[[], object]) -> float:
+def seconds(call: Callable[[], object], number: int = 1) -> float:
     start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    for _ in range(number):
+        call()
+    return (time.perf_counter() - start) / number
 
 
 @pytest.fixture
 def race(benchmark, threads):
-    """Times ours and torch's turn by turn in one process, with the FMA peak of a core between them.
+    """Times ours and its peers turn by turn in one process, with the FMA peak of a core in every round.
 
-    Machines are shared: a ratio is the median of the ratios of neighbours, and a share of peak is of what the core gave
-    at about the same time. pytest-benchmark records our times; the rest is in extra_info.
+    Machines are shared: a ratio is the median of the ratios within the rounds, and a share of peak is of what a core
+    gave in the same round. Who begins alternates. pytest-benchmark records our times, all else is in extra_info.
     """
 
-    def run(ours, theirs, flops: float, dtype: torch.dtype = torch.float32) -> None:
-        for _ in range(2):
-            ours(), theirs()
-        ratios, shares, torch_times = [], [], []
+    def run(
+        ours: Callable[[], object],
+        peers: Mapping[str, Callable[[], object]],
+        flops: float,
+        dtype: torch.dtype,
+        mode: str,
+        **facts: object,
+    ) -> Mapping[str, float]:
+        with grad_mode(mode):
+            calls = {**peers, "ours": ours}
+            for call in calls.values():
+                call()  # warm-up
+            once = {name: seconds(call) for name, call in calls.items()}
+            number = 1 if SMALL else max(1, int(TURN_SECONDS / max(once.values())))
+            settle = max(once.values()) < SETTLED_SECONDS
+            wanted = int(SECONDS / (PEAK_SECONDS + (number + settle) * sum(once.values())))
+            rounds = 1 if SMALL else min(max(wanted, ROUNDS.start), ROUNDS.stop)
 
-        def turn():
-            peak = native.fma_peak(dtype, min(0.02, max(1e-4, torch_times[-1] if torch_times else 1e-3)))
-            torch_times.append(seconds(theirs))
-            return (peak,), {}
+            peaks, times = [], {name: [] for name in calls}
+            order = list(calls)
+            for _ in range(rounds):
+                peaks.append(threads * native.fma_peak(dtype, PEAK_SECONDS))
+                for name in order:
+                    if settle:
+                        calls[name]()
+                    times[name].append(seconds(calls[name], number))
+                order.reverse()
+            benchmark.pedantic(ours, rounds=min(rounds, ROUNDS.start), iterations=number)
+        ratios = {name: [other / own for other, own in zip(times[name], times["ours"], strict=True)] for name in peers}
+        shares = [flops / (own * peak) for own, peak in zip(times["ours"], peaks, strict=True)]
 
-        def timed(peak):
-            taken = seconds(ours)
-            ratios.append(torch_times[-1] / taken)
-            shares.append(flops / taken / (peak * threads))
-
-        rounds = 1 if SMALL else max(5, min(500, int(SECONDS / max(1e-6, seconds(ours) + seconds(theirs)))))
-        benchmark.pedantic(timed, setup=turn, rounds=rounds)
         benchmark.extra_info.update(
+            facts,
+            mode=mode,
             isa=native.active_isa(),
             threads=threads,
             dtype=str(dtype).removeprefix("torch."),
-            torch_median=statistics.median(torch_times),
-            ratio=statistics.median(ratios),
+            median=statistics.median(times["ours"]),
+            torch_median=statistics.median(times["torch"]),
+            ratio=statistics.median(ratios["torch"]),
+            ratio_quartiles=quartiles(ratios["torch"]),
+            rounds=rounds,
+            load=os.getloadavg()[0] / os.cpu_count(),
+            flops=flops,
+            fma_peak=statistics.median(peaks),
             share_of_peak=statistics.median(shares),
         )
+        return {name: statistics.median(ratios[name]) for name in peers}
 
     return run
+
+
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """The lower and the upper one."""
+    cuts = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return cuts[0], cuts[2]

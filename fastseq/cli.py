@@ -1,4 +1,4 @@
-"""The command `fastseq` (also `python -m fastseq`): info, verify, demo."""
+"""The command `fastseq` (also `python -m fastseq`): info, verify, demo, report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _count(text: str) -> int:
 
 def _parser() -> _Parser:
     parser = _Parser("fastseq", description="Fused RNN, LSTM and GRU kernels behind torch.nn's own interface.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,verify,demo}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,verify,demo,report}")
 
     commands.add_parser("info", help="what is installed, which kernels are active, and why the others are not")
 
@@ -49,6 +49,12 @@ def _parser() -> _Parser:
     demo.add_argument(
         "--output", type=Path, default=Path("fastseq-demo.png"), metavar="PNG", help="default: %(default)s"
     )
+
+    report = commands.add_parser("report", help="a page about a run of the benchmarks")
+    report.add_argument("record", type=Path, metavar="JSON", help="what `pytest bench --benchmark-json=JSON` wrote")
+    report.add_argument(
+        "--output", type=Path, default=Path("fastseq-bench.html"), metavar="HTML", help="default: %(default)s"
+    )
     for command in (check, demo):
         command.add_argument("--threads", type=_count, metavar="N", help="default: torch's own choice")
     return parser
@@ -58,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 1 for a failed check, or 2 for a wrong call, told in one line."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    return {"info": _info, "verify": _verify, "demo": _demo}[options.command](options)
+    return {"info": _info, "verify": _verify, "demo": _demo, "report": _report}[options.command](options)
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -76,13 +82,12 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    folder = options.output.parent
     if error := _missing("rich", "matplotlib"):
         return _refuse("demo", error)
     if options.output.suffix.lower() != ".png":
         return _refuse("demo", f"--output must end in .png, got {options.output}")
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        return _refuse("demo", f"cannot write {options.output}: {folder} is not a writable folder")
+    if error := _unwritable(options.output):
+        return _refuse("demo", error)
     from fastseq import demo  # not at the top: it needs the extra
 
     _use_threads(options.threads)
@@ -90,6 +95,26 @@ def _demo(options: argparse.Namespace) -> int:
         return demo.run(options.text, options.cell, options.steps, options.output)
     except TextError as error:
         return _refuse("demo", str(error))
+
+
+def _report(options: argparse.Namespace) -> int:
+    if error := _missing("jinja2", "matplotlib") or _unwritable(options.output):
+        return _refuse("report", error)
+    from fastseq import report  # not at the top: it needs the extra
+
+    try:
+        return report.run(options.record, options.output)
+    except report.RecordError as error:
+        return _refuse("report", str(error))
+
+
+def _unwritable(path: Path) -> str:
+    folder = path.parent
+    if path.is_dir():
+        return f"cannot write {path}: it is a folder"
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return f"cannot write {path}: {folder} is not a writable folder"
+    return ""
 
 
 def _missing(*modules: str) -> str:

@@ -57,8 +57,12 @@ def _versions() -> Rows:
     yield "torch", torch.__version__
     yield "numpy", numpy.__version__
     yield "Python", f"{platform.python_version()} on {platform.platform()}"
-    missing = [name for name in ("rich", "matplotlib") if find_spec(name) is None]
-    yield "extra `cli`", f"missing {', '.join(missing)}: pip install '.[cli]'" if missing else "rich, matplotlib"
+    extra = ("rich", "matplotlib", "jinja2")
+    missing = [name for name in extra if find_spec(name) is None]
+    yield (
+        "extra `cli`",
+        f"missing {', '.join(missing)}: pip install '.[cli]'" if missing else ", ".join(extra),
+    )
 
 
 def _machine() -> Rows:
