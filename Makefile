@@ -7,9 +7,10 @@ READY := $(VENV)/.fastseq-ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(BIN):$(PATH)
 
-# The local version +cpu keeps pip from ever taking the CUDA build of the same release, which is 20 times as large.
+# The local version +cpu is the build without CUDA, 20 times smaller. TORCH_INDEX names an index that has it, where the
+# one pip is set up for has not; without either, pip's default torch serves as well.
 TORCH ?= torch==2.13.0+cpu
-TORCH_INDEX := https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 
 # build/editable is kept by the rebuilding import; a wheel built from the same tree uses another folder.
 TOOLS := "scikit-build-core>=0.11" "cython>=3.1" "cython-cmake>=0.2" "cmake>=3.20" ninja
@@ -62,8 +63,9 @@ $(BIN)/python:
 
 $(READY): pyproject.toml CMakeLists.txt | $(BIN)/python
 	@$(BIN)/python -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)' 2>/dev/null || \
-		$(PIP) install "$(TORCH)" || \
-		$(PIP) install "$(TORCH)" --extra-index-url $(TORCH_INDEX)
+		$(PIP) install "$(TORCH)" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) || \
+		{ echo 'No CPU build of torch on this index: taking the default one. TORCH_INDEX=... names an index that has it.' >&2; \
+		$(PIP) install "torch>=2.10"; }
 	$(PIP) install -q $(TOOLS)
 	$(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]" \
 		-C build-dir=build/editable -C editable.rebuild=true -C editable.verbose=false
