@@ -129,8 +129,8 @@ class Backward {
     place(dx_, p.dx.data, threads_ * kInputRows * w_ih_.vectors() * L::kLanes);
     place(pointers_, p.dw_ih || p.dw_hh, threads_ * kRowBlock);
     place(packed_, p.dw_ih || p.dw_hh, threads_ * WeightGradient<Cell, S>::packed_elements());
-    // Sums of bfloat16 gradients are kept in float32 until they are complete.
-    place(sums_, !std::is_same_v<S, T> && (p.dw_ih || p.dw_hh), Cell::kTerms * layout.H * max(layout.I, layout.H));
+    place(sums_, WeightGradient<Cell, S>::needs_sums(rows_) && (p.dw_ih || p.dw_hh),
+          WeightGradient<Cell, S>::sums_elements(layout, max(layout.I, layout.H)));
     return bytes;
   }
 
@@ -287,7 +287,7 @@ class Backward {
   T* dx_ = nullptr;               // per thread (kInputRows, vectors of I)
   const S** pointers_ = nullptr;  // per thread (kRowBlock)
   T* packed_ = nullptr;           // per thread
-  T* sums_ = nullptr;             // (G*H, N), or null
+  T* sums_ = nullptr;             // see WeightGradient, or null
   Schedule schedule{p, nullptr};
   HiddenRows<S> hidden_{schedule, nullptr};
   TransposedWeights<Cell, S, false> w_hh_{layout, (const S*)p.w_hh, nullptr};
