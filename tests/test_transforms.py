@@ -61,6 +61,40 @@ def test_create_graph_beyond_torch(cell):
 
 
 @every
+def test_batched_gradients(ours, torchs):
+    """`is_grads_batched`, as vectorized Jacobians use it: the backward runs inside vmap, the forward did not."""
+    module = pair(ours, torchs, 3, 4)[0]
+    x = sample(module)
+    outputs = flat(module(x))
+    inputs = [x, *module.parameters()]
+    grads = [torch.randn(7, *o.shape, dtype=o.dtype) for o in outputs]
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    each_alone = [torch.autograd.grad(outputs, inputs, g, **options) for g in zip(*grads, strict=True)]
+    for create_graph in (False, True):
+        batched = torch.autograd.grad(
+            outputs, inputs, grads, is_grads_batched=True, create_graph=create_graph, **options
+        )
+        assert_close(list(batched), [torch.stack(g) for g in zip(*each_alone, strict=True)])
+    assert_close(list(torch.autograd.grad(outputs, inputs, [g[0] for g in grads], **options)), list(each_alone[0]))
+
+
+@every
+def test_gradients_that_are_no_plain_tensors(ours, torchs):
+    class Marked(torch.Tensor):
+        pass
+
+    module = pair(ours, torchs, 3, 4)[0]
+    x = sample(module)
+    inputs = [x, *module.parameters()]
+    outputs = flat(module(x))
+    grads = [torch.randn_like(o) for o in outputs]
+    wanted = torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
+    for changed in (lambda g: g.as_subclass(Marked), lambda g: torch._neg_view(-g)):
+        found = torch.autograd.grad(outputs, inputs, list(map(changed, grads)), retain_graph=True)
+        assert_close([g.as_subclass(torch.Tensor) for g in found], list(wanted))
+
+
+@every
 def test_jvp(ours, torchs):
     module, reference = pair(ours, torchs, 3, 4)
     x = sample(module).detach()
