@@ -219,6 +219,45 @@ def test_traces(ours, torchs):
         assert_close(flat(traced(x)), wanted)
 
 
+@each
+def test_subclasses_as_lengths_and_reset(ours, torchs):
+    class Marked(torch.Tensor):
+        pass
+
+    module = pair(ours, torchs, 3, 4)[0]
+    x, lengths, reset = sample(module), torch.tensor([1, 6, 0, 3, 2]), torch.rand(6, 5) < 0.3
+    wanted = flat(module(x, lengths=lengths, reset=reset, return_states=True))
+    for given in (
+        {"lengths": lengths.as_subclass(Marked), "reset": reset},
+        {"lengths": lengths, "reset": reset.as_subclass(Marked)},
+    ):
+        for requires_grad in (True, False):
+            outputs = flat(module.requires_grad_(requires_grad)(x, return_states=True, **given))
+            assert_close([o.as_subclass(torch.Tensor) for o in outputs], wanted)
+    with pytest.raises(ValueError, match=r"lengths must lie in \[0, 6\].*got 7"):
+        module(x, lengths=torch.tensor([1, 7, 0, 3, 2]).as_subclass(Marked))
+
+
+@each
+def test_default_device(ours, torchs):
+    """It is for new tensors of the caller's; results go where the input is."""
+    module, reference = pair(ours, torchs, 3, 4)
+    x = sample(module)
+    wanted = flat(reference(x))
+    with torch.device("meta"):
+        results = [flat(module(x)), flat(module(x, lengths=[6] * 5)), flat(module(x, return_states=True))]
+        module(x, lengths=[6, 5, 0, 3, 2], reset=torch.zeros(6, 5, dtype=torch.bool, device="cpu"))
+        outputs = results[0]
+        found = torch.autograd.grad(sum(o.sum() for o in outputs), [x, *module.parameters()])
+        with torch.no_grad():
+            results.append(flat(module(x)))
+            step = flat(module.step(x[0]))
+    for result in results:
+        assert_close(result[: len(wanted)], wanted)
+    assert_close(step[0], wanted[0][0])
+    assert_close(list(found), list(torch.autograd.grad(sum(o.sum() for o in wanted), [x, *reference.parameters()])))
+
+
 @every
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpoint(ours, torchs, use_reentrant):

@@ -73,9 +73,9 @@ def padded_rows(lengths: Tensor | Sequence[int] | int, steps: int, batch: int, d
 
 
 def _readable(lengths: Tensor) -> bool:
-    return not (
-        support.is_compiling() or support.transformed() or type(lengths) not in support.PLAIN_TYPES or lengths.is_meta
-    )
+    # A subclass with a dispatch of its own may have no memory; FakeTensor is one.
+    plain = type(lengths).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return plain and not (support.is_compiling() or support.transformed() or lengths.is_meta)
 
 
 def _integers(lengths: Tensor | Sequence[int] | int) -> np.ndarray:

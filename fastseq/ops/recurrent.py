@@ -38,7 +38,7 @@ def run_layer(
         weights: per direction.
         route, backend: what `support.route` answered for these tensors.
     """
-    if route is Route.KERNELS and (call.rows is None or call.rows.longest):
+    if route is Route.KERNELS and _kernels_read(call):
         flat = [w for direction in weights for w in direction]
         if needs_grad(x, h_0, c_0, *flat):
             return Results(*_apply_layer(call, backend, x, h_0, c_0, *flat))
@@ -46,6 +46,14 @@ def run_layer(
     if route is Route.GRAPH:
         return graph.layer(call, x, h_0, c_0, weights)
     return composite.layer(call, x, h_0, c_0, weights)
+
+
+def _kernels_read(call: Layer) -> bool:
+    # What route() does not see. Lengths that only torch can read, such as those of a subclass, have no batch sizes.
+    rows, reset = call.rows, call.reset
+    return (rows is None or (rows.batch_sizes is not None and rows.longest > 0)) and (
+        reset is None or support.plain(reset, torch.bool)
+    )
 
 
 def run_sequence(
