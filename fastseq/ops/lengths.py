@@ -43,7 +43,7 @@ def padded_rows(lengths: Tensor | Sequence[int] | int, steps: int, batch: int, d
         ValueError: not `batch` of them, or one out of [0, steps].
     """
     if support.is_compiling() and not isinstance(lengths, Tensor):
-        lengths = torch.tensor(lengths)
+        lengths = torch.tensor(lengths, device="cpu")
     if isinstance(lengths, Tensor) and not _readable(lengths):
         inexact = lengths.is_floating_point() or lengths.is_complex()
         _check_integers(not inexact and lengths.dtype is not torch.bool, lengths)
