@@ -106,6 +106,23 @@ def test_jvp(ours, torchs):
         assert_close([forward_ad.unpack_dual(o).tangent for o in outputs], list(results[1][1]))
 
 
+@each
+def test_packed_sequences_in_transforms(ours, torchs):
+    module = pair(ours, torchs, 3, 4, 2, bidirectional=True)[0]
+    packed = torch.nn.utils.rnn.pack_padded_sequence(sample(module).detach(), [3, 6, 1, 2, 6], enforce_sorted=False)
+
+    def run(data):
+        y, hx = module(packed._replace(data=data))
+        return y.data.sin().sum() + sum(s.cos().sum() for s in flat([hx]))
+
+    data = packed.data.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(run(data), data)
+    assert_close(grad(run)(packed.data), wanted)
+    tangent = torch.randn_like(wanted)
+    assert_close(jvp(run, (packed.data,), (tangent,))[1], (wanted * tangent).sum())
+    assert_close(vmap(run)(packed.data[None])[0], run(packed.data).detach())
+
+
 def test_jvp_beyond_torch():
     """Forward-mode derivatives of what torch has not, and of torch's float32 LSTM, which has none."""
     for lstm, options in ((make("lstm", 3, 4), {"lengths": [2, 6, 0]}), (fastseq.LSTM(3, 4), {})):

@@ -92,7 +92,7 @@ class SequenceModule(PacksWeights):
                 # Outside the graph, as torch runs its own classes.
                 forward = torch.compiler.disable(type(self).forward)
                 return forward(self, input, hx, lengths=lengths, reset=reset, return_states=return_states)
-            if not beyond_torch and (route is Route.TORCH or packed):
+            if not beyond_torch and route is Route.TORCH:
                 return self._torch_class.forward(self, input, hx)
         keeps_panels = route is Route.KERNELS and not needs_grad(*tensors)
         run = _Run(weights, route, backend, keeps_panels, return_states)
