@@ -161,8 +161,8 @@ def freeze(model: Model) -> Model:
     form.
 
     Holds until `unfreeze`, or for a layer until one of its parameters is replaced or moved. A weight that is changed in
-    place meanwhile (an optimizer step, `load_state_dict`) is not seen: call `freeze` again, which packs anew. Copies
-    and pickles of the model are not frozen.
+    place meanwhile (an optimizer step, a write through `.data`) is not seen: call `freeze` again, which packs anew.
+    `load_state_dict` is seen. Copies and pickles of the model are not frozen.
 
     Args:
         model: a layer of fastseq, or any module with such layers. Others are passed over.

@@ -33,6 +33,11 @@ class PacksWeights:
         self._packed_weights().clear()  # .to() and its kin give parameters new memory behind the same identity
         return super()._apply(fn, recurse)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # Frozen weights are not looked at; and where torch swaps tensors to load, none may be weakly referenced.
+        self._packed_weights().clear()
+        super()._load_from_state_dict(*args)
+
 
 class _Run(NamedTuple):
     """One call, as its layers see it."""
