@@ -261,6 +261,21 @@ def test_default_device(ours, torchs):
 
 
 @every
+def test_traces(ours, torchs):
+    module, reference = pair(ours, torchs, 3, 4)
+    x = sample(module).detach()
+    with torch.no_grad():
+        wanted = flat(reference(x))
+        graph = make_fx(lambda t: flat(module(t)))(x)
+        assert not any("fastseq" in str(node.target) for node in graph.graph.nodes)
+        assert_close(graph(x), wanted)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(module, x)
+        assert_close(flat(traced(x)), wanted)
+
+
+@every
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpoint(ours, torchs, use_reentrant):
     module, reference = pair(ours, torchs, 3, 4)
@@ -276,21 +291,6 @@ def test_checkpoint(ours, torchs, use_reentrant):
             dx = x.grad.clone()
         results.append([*outputs, dx, *(p.grad for p in m.parameters() if p.grad is not None)])
     assert_close(*results)
-
-
-@every
-def test_traces(ours, torchs):
-    module, reference = pair(ours, torchs, 3, 4)
-    x = sample(module).detach()
-    with torch.no_grad():
-        wanted = flat(reference(x))
-        graph = make_fx(lambda t: flat(module(t)))(x)
-        assert not any("fastseq" in str(node.target) for node in graph.graph.nodes)
-        assert_close(graph(x), wanted)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            traced = torch.jit.trace(module, x)
-        assert_close(flat(traced(x)), wanted)
 
 
 @every
