@@ -372,6 +372,27 @@ def test_compile_whole_graph(cell, route):
     assert_close(flat(step(x[0], hx)), flat(rnn.step(x[0], hx)))
 
 
+@each
+def test_traces_follow_lengths_and_reset(ours, torchs):
+    class Ragged(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = pair(ours, torchs, 3, 4, bidirectional=True)[0]
+
+        def forward(self, x, lengths, reset):
+            return self.rnn(x, lengths=lengths, reset=reset)[0], self.rnn(x, lengths=[6, 2, 0, 4, 1])[0]
+
+    def example():
+        return torch.randn(6, 5, 3, dtype=torch.float64), torch.randint(0, 7, (5,)), torch.rand(6, 5) < 0.3
+
+    model = Ragged().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, example())
+    for inputs in (example(), example()):
+        assert_close(list(traced(*inputs)), list(model(*inputs)))
+
+
 def test_export():
     """The graph runs without fastseq."""
     for ours, torchs in SEQUENCES[:3]:
