@@ -3,7 +3,7 @@ already."""
 
 import torch  # noqa: F401  first: its OpenMP library must be the one that the kernels find
 
-from fastseq import compat, ops
+from fastseq import compat, ops, reference
 from fastseq.fuse import freeze, fuse, fuse_report, unfreeze, unfuse
 from fastseq.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from fastseq.ops import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
@@ -26,6 +26,7 @@ __all__ = [
     "lstm",
     "lstm_cell",
     "ops",
+    "reference",
     "rnn",
     "rnn_cell",
     "unfreeze",

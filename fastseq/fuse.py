@@ -78,8 +78,8 @@ def fuse(model: Model, *, compilable: bool = False) -> Model:
 
     The modules stay the same objects with the same parameters, so hooks, optimizers, aliases and the root module itself
     survive. Swapped are nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell and nn.GRUCell, with
-    `torch.nn.utils.parametrize` too. Subclasses are left alone: what they change is theirs. `fuse_report(model)` tells
-    what was swapped, what not, and why.
+    `torch.nn.utils.parametrize` too. Subclasses are left alone, and so are layers whose `forward` was replaced on the
+    instance: what they change is theirs. `fuse_report(model)` tells what was swapped, what not, and why.
 
     Before `torch.jit.script`, and before a whole model is pickled for a machine without fastseq, call `unfuse`. A
     state_dict needs no such care.
@@ -108,7 +108,7 @@ def fuse(model: Model, *, compilable: bool = False) -> Model:
     for name, module in model.named_modules():
         plain = _unparametrized(type(module))
         source = _TORCH.get(plain, plain)
-        if source in targets:
+        if source in targets and "forward" not in vars(module):
             before = _label(type(module))
             # A fastseq.LSTM that the model was built with stays one; compilable=True also lifts fastseq.compat.LSTM.
             if plain is source or compilable:
@@ -116,7 +116,7 @@ def fuse(model: Model, *, compilable: bool = False) -> Model:
             after = _label(type(module))
             rows.append(Row(name, before, after, "" if before != after else "has the kernels already"))
         elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
-            rows.append(Row(name, _label(type(module)), _label(type(module)), _why_left(plain)))
+            rows.append(Row(name, _label(type(module)), _label(type(module)), _why_left(module)))
     _reports[model] = FuseReport(tuple(rows))
     return model
 
@@ -161,8 +161,8 @@ def freeze(model: Model) -> Model:
     form.
 
     Holds until `unfreeze`, or for a layer until one of its parameters is replaced or moved. A weight that is changed in
-    place meanwhile (an optimizer step, `load_state_dict`) is not seen: call `freeze` again, which packs anew. Copies
-    and pickles of the model are not frozen.
+    place meanwhile (an optimizer step, a write through `.data`) is not seen: call `freeze` again, which packs anew.
+    `load_state_dict` is seen. Copies and pickles of the model are not frozen.
 
     Args:
         model: a layer of fastseq, or any module with such layers. Others are passed over.
@@ -239,7 +239,10 @@ def _label(cls: type[nn.Module]) -> str:
     return label if plain is cls else f"parametrized {label}"
 
 
-def _why_left(cls: type[nn.Module]) -> str:
+def _why_left(module: nn.Module) -> str:
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    cls = _unparametrized(type(module))
     known = (*_TORCH, *_COMPAT, nn.RNNBase, nn.RNNCellBase)
     base = next(base for base in cls.__mro__ if base in known)
     if cls.forward is not base.forward:

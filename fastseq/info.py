@@ -24,7 +24,7 @@ ISA_FLAGS = {"baseline": (), "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": (*
 
 VARIABLES = {
     "FASTSEQ_BACKEND": "native: the kernels (default); torch: always torch's own path",
-    "FASTSEQ_ISA": f"a lower instruction set than the best one: {', '.join(ISA_FLAGS)}; read once, at the first call",
+    "FASTSEQ_ISA": f"a lower instruction set than the best one: {', '.join(ISA_FLAGS)}; read once, at import",
 }
 
 Rows = Iterable[tuple[str, str]]

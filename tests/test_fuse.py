@@ -181,6 +181,15 @@ def test_wrong_arguments():
             function([nn.LSTM(3, 4)])
 
 
+def test_a_forward_on_the_instance_is_left_alone():
+    model = nn.Sequential(nn.LSTM(3, 4), nn.GRUCell(3, 4))
+    for layer in model:
+        layer.forward = layer.forward  # bound to torch's class, as wrappers and patches do
+    fastseq.fuse(model)
+    assert [type(layer) for layer in model] == [nn.LSTM, nn.GRUCell]
+    assert {row.reason for row in fastseq.fuse_report(model).left} == {"its forward was replaced on the instance"}
+
+
 def test_models_in_use():
     """torch's own models with recurrent layers inside keep their type checks."""
     from torch.nn import TransformerEncoderLayer

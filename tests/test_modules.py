@@ -360,6 +360,7 @@ def test_constructor_errors_are_torchs(ours, torchs):
         ((3, 4), {"dropout": "0.5"}),
         ((3, 4), {"proj_size": 4}),
         ((3, 4), {"proj_size": -1}),
+        ((3, 4), {"proj_size": 0}),
         ((3, 4), {"nonlinearity": "selu"}),
         ((3, 4, 1, "selu"), {}),
         ((3, 4), {"unknown": 1}),

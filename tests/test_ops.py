@@ -9,6 +9,7 @@ import loop
 import pytest
 import torch
 from cases import SHAPES, SMALL_SHAPES
+from interpreter import run
 from models import assert_close, flat, gradients
 from torch import _VF
 
@@ -245,6 +246,13 @@ def test_the_short_way_into_autograd():
 
     for apply in (recurrent._apply_layer, recurrent._apply_step):
         assert type(apply).__name__ == "builtin_function_or_method"
+
+
+def test_public_names_are_there():
+    """In a process that has imported nothing else."""
+    found = run("import fastseq; print(*[n for n in fastseq.__all__ if hasattr(fastseq, n)])").split()
+    assert found == fastseq.__all__
+    assert {"compat", "ops", "reference"} <= set(found)
 
 
 def test_the_table_of_what_is_served():

@@ -114,6 +114,23 @@ def test_frozen_modules_see_replaced_and_moved_parameters():
         assert rnn(X.float())[0].dtype is torch.float32
 
 
+def test_frozen_modules_see_load_state_dict():
+    """Also where torch swaps tensors to load, which its own sequence modules do not bear."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    for module, x, swap in (
+        (make("lstm", 3, 4, 2), X, False),
+        (fastseq.GRUCell(3, 4).double(), X[0], False),
+        (fastseq.GRUCell(3, 4).double(), X[0], True),
+    ):
+        agrees(fastseq.freeze(module), x)
+        torch.__future__.set_swap_module_params_on_conversion(swap)
+        try:
+            module.load_state_dict({name: 2 * weight for name, weight in module.state_dict().items()})
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(before)
+        agrees(module, x)
+
+
 def test_frozen_modules_do_not_look():
     """What freeze promises not to see, it does not; frozen again, it does."""
     rnn = fastseq.freeze(make("gru", 3, 4))

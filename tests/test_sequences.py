@@ -68,6 +68,18 @@ def test_layouts(cell):
             assert_close(state_row, state[:, :, row])
 
 
+@pytest.mark.parametrize("cell", MODULES)
+def test_nothing_but_empty_sequences(cell):
+    """States pass through; a loss on the output has a backward, of zeros."""
+    rnn = make(cell, 3, 4, 2, bidirectional=True)
+    x, hx = torch.randn(7, 2, 3, dtype=torch.float64, requires_grad=True), random_hx(rnn, 2, requires_grad=True)
+    y, h_n, *rest = flat(rnn(x, hx, lengths=[0, 0], return_states=True))
+    assert torch.equal(h_n, flat([hx])[0])
+    assert all((t == 0).all() for t in (y, rest[-1]))
+    grads = torch.autograd.grad(y.sum() + rest[-1].sum(), [x, *rnn.parameters()])
+    assert all((g == 0).all() for g in grads)
+
+
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor, lambda n: torch.tensor(n, dtype=torch.uint8)])
 def test_lengths_kinds(kind):
     rnn, x = make("gru", 3, 4), torch.randn(7, 3, 3, dtype=torch.float64)

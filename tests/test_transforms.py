@@ -61,6 +61,40 @@ def test_create_graph_beyond_torch(cell):
 
 
 @every
+def test_batched_gradients(ours, torchs):
+    """`is_grads_batched`, as vectorized Jacobians use it: the backward runs inside vmap, the forward did not."""
+    module = pair(ours, torchs, 3, 4)[0]
+    x = sample(module)
+    outputs = flat(module(x))
+    inputs = [x, *module.parameters()]
+    grads = [torch.randn(7, *o.shape, dtype=o.dtype) for o in outputs]
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    each_alone = [torch.autograd.grad(outputs, inputs, g, **options) for g in zip(*grads, strict=True)]
+    for create_graph in (False, True):
+        batched = torch.autograd.grad(
+            outputs, inputs, grads, is_grads_batched=True, create_graph=create_graph, **options
+        )
+        assert_close(list(batched), [torch.stack(g) for g in zip(*each_alone, strict=True)])
+    assert_close(list(torch.autograd.grad(outputs, inputs, [g[0] for g in grads], **options)), list(each_alone[0]))
+
+
+@every
+def test_gradients_that_are_no_plain_tensors(ours, torchs):
+    class Marked(torch.Tensor):
+        pass
+
+    module = pair(ours, torchs, 3, 4)[0]
+    x = sample(module)
+    inputs = [x, *module.parameters()]
+    outputs = flat(module(x))
+    grads = [torch.randn_like(o) for o in outputs]
+    wanted = torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
+    for changed in (lambda g: g.as_subclass(Marked), lambda g: torch._neg_view(-g)):
+        found = torch.autograd.grad(outputs, inputs, list(map(changed, grads)), retain_graph=True)
+        assert_close([g.as_subclass(torch.Tensor) for g in found], list(wanted))
+
+
+@every
 def test_jvp(ours, torchs):
     module, reference = pair(ours, torchs, 3, 4)
     x = sample(module).detach()
@@ -70,6 +104,23 @@ def test_jvp(ours, torchs):
     with forward_ad.dual_level():
         outputs = flat(module(forward_ad.make_dual(x, tangent)))
         assert_close([forward_ad.unpack_dual(o).tangent for o in outputs], list(results[1][1]))
+
+
+@each
+def test_packed_sequences_in_transforms(ours, torchs):
+    module = pair(ours, torchs, 3, 4, 2, bidirectional=True)[0]
+    packed = torch.nn.utils.rnn.pack_padded_sequence(sample(module).detach(), [3, 6, 1, 2, 6], enforce_sorted=False)
+
+    def run(data):
+        y, hx = module(packed._replace(data=data))
+        return y.data.sin().sum() + sum(s.cos().sum() for s in flat([hx]))
+
+    data = packed.data.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(run(data), data)
+    assert_close(grad(run)(packed.data), wanted)
+    tangent = torch.randn_like(wanted)
+    assert_close(jvp(run, (packed.data,), (tangent,))[1], (wanted * tangent).sum())
+    assert_close(vmap(run)(packed.data[None])[0], run(packed.data).detach())
 
 
 def test_jvp_beyond_torch():
@@ -168,6 +219,45 @@ def test_modes_and_subclasses(ours, torchs):
     assert [type(o) for o in marked] == [type(o) for o in flat(reference(x.detach().as_subclass(Marked)))]
     with torch.device("cpu"):
         assert_close(flat(module(x)), wanted)
+
+
+@each
+def test_subclasses_as_lengths_and_reset(ours, torchs):
+    class Marked(torch.Tensor):
+        pass
+
+    module = pair(ours, torchs, 3, 4)[0]
+    x, lengths, reset = sample(module), torch.tensor([1, 6, 0, 3, 2]), torch.rand(6, 5) < 0.3
+    wanted = flat(module(x, lengths=lengths, reset=reset, return_states=True))
+    for given in (
+        {"lengths": lengths.as_subclass(Marked), "reset": reset},
+        {"lengths": lengths, "reset": reset.as_subclass(Marked)},
+    ):
+        for requires_grad in (True, False):
+            outputs = flat(module.requires_grad_(requires_grad)(x, return_states=True, **given))
+            assert_close([o.as_subclass(torch.Tensor) for o in outputs], wanted)
+    with pytest.raises(ValueError, match=r"lengths must lie in \[0, 6\].*got 7"):
+        module(x, lengths=torch.tensor([1, 7, 0, 3, 2]).as_subclass(Marked))
+
+
+@each
+def test_default_device(ours, torchs):
+    """It is for new tensors of the caller's; results go where the input is."""
+    module, reference = pair(ours, torchs, 3, 4)
+    x = sample(module)
+    wanted = flat(reference(x))
+    with torch.device("meta"):
+        results = [flat(module(x)), flat(module(x, lengths=[6] * 5)), flat(module(x, return_states=True))]
+        module(x, lengths=[6, 5, 0, 3, 2], reset=torch.zeros(6, 5, dtype=torch.bool, device="cpu"))
+        outputs = results[0]
+        found = torch.autograd.grad(sum(o.sum() for o in outputs), [x, *module.parameters()])
+        with torch.no_grad():
+            results.append(flat(module(x)))
+            step = flat(module.step(x[0]))
+    for result in results:
+        assert_close(result[: len(wanted)], wanted)
+    assert_close(step[0], wanted[0][0])
+    assert_close(list(found), list(torch.autograd.grad(sum(o.sum() for o in wanted), [x, *reference.parameters()])))
 
 
 @every
@@ -280,6 +370,27 @@ def test_compile_whole_graph(cell, route):
         assert_close(outputs, wanted)
         assert_close(gradients(outputs, [x, *rnn.parameters()]), gradients(wanted, [x, *rnn.parameters()]))
     assert_close(flat(step(x[0], hx)), flat(rnn.step(x[0], hx)))
+
+
+@each
+def test_traces_follow_lengths_and_reset(ours, torchs):
+    class Ragged(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = pair(ours, torchs, 3, 4, bidirectional=True)[0]
+
+        def forward(self, x, lengths, reset):
+            return self.rnn(x, lengths=lengths, reset=reset)[0], self.rnn(x, lengths=[6, 2, 0, 4, 1])[0]
+
+    def example():
+        return torch.randn(6, 5, 3, dtype=torch.float64), torch.randint(0, 7, (5,)), torch.rand(6, 5) < 0.3
+
+    model = Ragged().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, example())
+    for inputs in (example(), example()):
+        assert_close(list(traced(*inputs)), list(model(*inputs)))
 
 
 def test_export():

@@ -38,7 +38,7 @@ Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def _empty(shape: tuple[int, ...], dtype: str) -> Tensor:
-    return torch.empty(shape, dtype=getattr(torch, dtype))
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")  # whatever the default device is
 
 
 def attach(*, empty: Callable[[tuple[int, ...], str], Tensor] = _empty, exchange: bool = True) -> bool:

@@ -33,6 +33,11 @@ class PacksWeights:
         self._packed_weights().clear()  # .to() and its kin give parameters new memory behind the same identity
         return super()._apply(fn, recurse)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # Frozen weights are not looked at; and where torch swaps tensors to load, none may be weakly referenced.
+        self._packed_weights().clear()
+        super()._load_from_state_dict(*args)
+
 
 class _Run(NamedTuple):
     """One call, as its layers see it."""
@@ -92,7 +97,7 @@ class SequenceModule(PacksWeights):
                 # Outside the graph, as torch runs its own classes.
                 forward = torch.compiler.disable(type(self).forward)
                 return forward(self, input, hx, lengths=lengths, reset=reset, return_states=return_states)
-            if not beyond_torch and (route is Route.TORCH or packed):
+            if not beyond_torch and route is Route.TORCH:
                 return self._torch_class.forward(self, input, hx)
         keeps_panels = route is Route.KERNELS and not needs_grad(*tensors)
         run = _Run(weights, route, backend, keeps_panels, return_states)

@@ -80,9 +80,11 @@ def _direction(
     if reverse:
         hs.reverse()
         cs.reverse()
-    if not steps:  # every length is 0
-        empty = x.new_zeros(0, *h.shape, dtype=dtype)
-        return empty, h, c, empty
+    if not steps:  # every length is 0: nothing to compute, but a loss on the output still has a backward
+        h_t, c_t = call.cell.formula(terms[:, 0], h[:0], None if c is None else c[:0], w_hh, b_hh)
+        h_t = F.linear(h_t, projection[0]) if projection else h_t
+        y, c_all = (None if s is None else s.unsqueeze(1).expand(0, x.shape[1], -1).to(dtype) for s in (h_t, c_t))
+        return y, h, c, c_all
     return torch.stack(hs).to(dtype), h, c, torch.stack(cs).to(dtype) if call.want_c else None
 
 

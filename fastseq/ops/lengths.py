@@ -43,14 +43,14 @@ def padded_rows(lengths: Tensor | Sequence[int] | int, steps: int, batch: int, d
         ValueError: not `batch` of them, or one out of [0, steps].
     """
     if support.is_compiling() and not isinstance(lengths, Tensor):
-        lengths = torch.tensor(lengths)
+        lengths = torch.tensor(lengths, device="cpu")
     if isinstance(lengths, Tensor) and not _readable(lengths):
         inexact = lengths.is_floating_point() or lengths.is_complex()
         _check_integers(not inexact and lengths.dtype is not torch.bool, lengths)
         _check_count(tuple(lengths.shape), batch)
         return Rows(lengths.to(device=device, dtype=torch.int64).reshape(batch), None, None, steps, False)
 
-    values = _integers(lengths)
+    values, steps, batch = _integers(lengths), int(steps), int(batch)  # under torch.jit.trace sizes are tensors
     _check_count(values.shape, batch)
     values = values.reshape(batch)
     if batch and not (values.min() >= 0 and values.max() <= steps):
@@ -73,9 +73,10 @@ def padded_rows(lengths: Tensor | Sequence[int] | int, steps: int, batch: int, d
 
 
 def _readable(lengths: Tensor) -> bool:
-    return not (
-        support.is_compiling() or support.transformed() or type(lengths) not in support.PLAIN_TYPES or lengths.is_meta
-    )
+    # A subclass with a dispatch of its own may have no memory; FakeTensor is one. A trace would keep them as constants.
+    plain = type(lengths).__torch_dispatch__ is Tensor.__torch_dispatch__
+    observed = support.is_compiling() or support.transformed() or support.tracing() is not None
+    return plain and not (observed or lengths.is_meta)
 
 
 def _integers(lengths: Tensor | Sequence[int] | int) -> np.ndarray:

@@ -38,7 +38,7 @@ def run_layer(
         weights: per direction.
         route, backend: what `support.route` answered for these tensors.
     """
-    if route is Route.KERNELS and (call.rows is None or call.rows.longest):
+    if route is Route.KERNELS and _kernels_read(call):
         flat = [w for direction in weights for w in direction]
         if needs_grad(x, h_0, c_0, *flat):
             return Results(*_apply_layer(call, backend, x, h_0, c_0, *flat))
@@ -46,6 +46,14 @@ def run_layer(
     if route is Route.GRAPH:
         return graph.layer(call, x, h_0, c_0, weights)
     return composite.layer(call, x, h_0, c_0, weights)
+
+
+def _kernels_read(call: Layer) -> bool:
+    # What route() does not see. Lengths that only torch can read, such as those of a subclass, have no batch sizes.
+    rows, reset = call.rows, call.reset
+    return (rows is None or (rows.batch_sizes is not None and rows.longest > 0)) and (
+        reset is None or support.plain(reset, torch.bool)
+    )
 
 
 def run_sequence(
@@ -138,7 +146,7 @@ class RecurrentFunction(torch.autograd.Function):
 
     The backward destroys the values that the forward saved. A second one through the same graph runs the forward again
     first, and so does a backward that finds the output changed in place. With `create_graph=True` the gradients come
-    from torch ops.
+    from torch ops, and so do those of incoming gradients that are batched or no plain tensors.
 
     Sources: Elman, "Finding structure in time", 1990; Hochreiter and Schmidhuber, "Long short-term memory", 1997; Gers,
         Schmidhuber and
@@ -176,9 +184,10 @@ class RecurrentFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dc_all: Tensor | None) -> tuple:
         """Gradients of the inputs, None for those that need none."""
-        (x, h_0, c_0, *weights), y, saved = _kept(ctx)
         grads = (dy, dh_n, dc_n, dc_all)
-        if torch.is_grad_enabled():
+        by_kernels = support.kernels_differentiate(grads)
+        (x, h_0, c_0, *weights), y, saved = _kept(ctx, by_kernels)
+        if not by_kernels:
             directions = len(ctx.call.reverse)
             return (
                 None,
@@ -240,7 +249,7 @@ class StepFunction(torch.autograd.Function):
         x, h, c, *weights = inputs
         cell, backend, isas = ctx.how
         needs = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():
+        if not support.kernels_differentiate((dh, dc)):
             grads = _composite_backward(lambda x, h, c, *w: composite.step(cell, x, h, c, w), inputs, (dh, dc), needs)
             return None, None, *grads
         dh, dc = unit_stride(dh), unit_stride(dc)
@@ -319,11 +328,11 @@ def _keep(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor, saved: tu
         ctx.once = [(output.detach(), output._version, saved)]
 
 
-def _kept(ctx: Any) -> tuple[tuple[Tensor | None, ...], Tensor | None, tuple[Tensor, ...] | None]:
-    """The inputs; the output and the saved values, or None where they have been used up or changed."""
+def _kept(ctx: Any, by_kernels: bool) -> tuple[tuple[Tensor | None, ...], Tensor | None, tuple[Tensor, ...] | None]:
+    """The inputs; the output and the saved values, or None where they have been used up, changed or are not needed."""
     tensors = ctx.saved_tensors
     inputs = tensors[: ctx.inputs]
-    if torch.is_grad_enabled() or not ctx.once:
+    if not by_kernels or not ctx.once:
         return inputs, None, None
     try:
         kept = ctx.once.pop()  # atomic: of two threads in the same backward one gets the buffers
@@ -341,13 +350,15 @@ def _composite_backward(
     grads: tuple[Tensor | None, ...],
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """Gradients that can be differentiated again: the forward once more in torch ops, and torch's own backward."""
-    # Views: one input may be computed from another, whose gradient must not pass through both.
-    inputs = tuple(None if t is None else t.view_as(t) for t in inputs)
-    outputs = [(r, g) for r, g in zip(run(*inputs), grads, strict=True) if g is not None]
+    """The forward once more in torch ops, and torch's own backward: can be differentiated again, takes any gradient."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views: one input may be computed from another, whose gradient must not pass through both.
+        inputs = tuple(None if t is None else t.view_as(t) for t in inputs)
+        outputs = [(r, g) for r, g in zip(run(*inputs), grads, strict=True) if g is not None]
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     if not outputs:
         return [None] * len(inputs)
     results, dresults = zip(*outputs, strict=True)
-    found = iter(torch.autograd.grad(results, wanted, dresults, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(results, wanted, dresults, create_graph=create_graph, allow_unused=True))
     return [next(found) if need else None for need in needs]

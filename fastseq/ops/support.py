@@ -56,6 +56,7 @@ SERVICE: tuple[Service, ...] = (
     Service("tensor subclasses, FakeTensor, dispatch and function modes", "torch", "a kernel reads plain memory only"),
     Service("forward-mode AD, torch.func (vmap, grad, jvp, ...)", "torch ops", "step by step; works for every cell"),
     Service("create_graph=True", "torch", "the kernels' backward cannot be differentiated"),
+    Service("gradients given batched (is_grads_batched) or as subclasses", "torch", "as for inputs"),
 )
 
 
@@ -70,6 +71,7 @@ dispatch_modes = _guard("_len_torch_dispatch_stack")
 function_modes = _guard("_len_torch_function_stack")
 tracing = _guard("_get_tracing_state")
 any_autocast = _guard("_is_any_autocast_enabled")
+_has_storage = getattr(torch._C, "_has_storage", lambda _: False)
 _saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
 
@@ -110,6 +112,17 @@ def plain(tensor: Tensor, dtype: torch.dtype) -> bool:
         and tensor.layout is torch.strided
         and not tensor.is_neg()
     )
+
+
+def kernels_differentiate(grads: Iterable[Tensor | None]) -> bool:
+    """True where the kernels' backward may take these gradients: plain ones, and nothing has to see what it does.
+
+    What held in the forward says nothing here: `create_graph` and `is_grads_batched` are said in the backward. The
+    latter's tensors belong to no transform that torch.func knows of, but have no storage.
+    """
+    if torch.is_grad_enabled() or transforms_active() or dispatch_modes():
+        return False
+    return all(grad is None or (plain(grad, grad.dtype) and _has_storage(grad)) for grad in grads)
 
 
 def kernels_selected() -> bool:
