@@ -86,3 +86,22 @@ def test_backward_twice(cell):
     first = torch.autograd.grad(outputs, inputs, [torch.ones_like(a) for a in outputs], retain_graph=True)
     second = torch.autograd.grad(outputs, inputs, [torch.ones_like(a) for a in outputs])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("where", ["x", "dy"])
+@pytest.mark.parametrize("hidden", [7, 65])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_infinities_spread_no_further_than_in_torch(name, hidden, where):
+    """Units beyond H, which complete a vector, are computed from weights of zero: zero times infinity must stay there."""
+
+    def finite(namespace):
+        torch.manual_seed(0)
+        module = getattr(namespace, name)(3, hidden)
+        x, dy = torch.randn(5, 9, 3), torch.randn(5, 9, hidden)
+        (x if where == "x" else dy)[2, 4, 1] = float("inf")
+        x.requires_grad_()
+        output = module(x)[0]
+        output.backward(dy)
+        return [tensor.isfinite() for tensor in (output, x.grad, *(weight.grad for weight in module.parameters()))]
+
+    assert all(ours[theirs].all() for ours, theirs in zip(finite(fastseq), finite(torch.nn), strict=True))

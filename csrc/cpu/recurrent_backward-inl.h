@@ -222,7 +222,7 @@ class Backward {
               s.dcarry = s.dcarry + load_first(schedule.template row<const S>(p.dc_all, t, b) + unit, n);
           }
           Cell::backward(s);
-          FASTSEQ_UNROLL for (int i = 0; i < Cell::kSlots; ++i) store(slot + i * L::kUnits, s.slot[i]);
+          FASTSEQ_UNROLL for (int i = 0; i < Cell::kSlots; ++i) store_padded(slot + i * L::kUnits, s.slot[i], n);
           if (L::kHasCarry) store(dcarry_row(panel, b) + lane, cut ? V(0) : s.dcarry);
         }
       }

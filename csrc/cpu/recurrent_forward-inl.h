@@ -172,7 +172,7 @@ class Forward {
     T* carry = carry_row(panel, b);
     S* y = schedule.template row<S>(p.y, t, b) + panel * L::kUnits;
     const int64_t saved_row = schedule.starts[t] + b;
-    // All units of the panel, also those beyond H: their gradients are summed later, times zero, so must be finite.
+    // All units of the panel, also those beyond H: backward sums over them too.
     for (int64_t lane = 0; lane < L::kUnits; lane += L::kLanes) {
       ForwardStep<Cell, V> s;
       FASTSEQ_UNROLL for (int i = 0; i < Cell::kTerms; ++i) {
@@ -185,8 +185,10 @@ class Forward {
       store_first(y + lane, s.h, units - lane);
       if (p.saved) {
         T* slots = layout.saved_slots(p.saved, schedule.total(), panel, saved_row) + lane;
-        FASTSEQ_UNROLL for (int i = 0; i < Cell::kSlots; ++i) store(slots + i * L::kUnits, s.saved[i]);
-        if (L::kHasCarry) store(layout.saved_carry(p.saved, schedule.total(), panel, saved_row) + lane, s.carry);
+        FASTSEQ_UNROLL for (int i = 0; i < Cell::kSlots; ++i)
+            store_padded(slots + i * L::kUnits, s.saved[i], units - lane);
+        if (L::kHasCarry)
+          store_padded(layout.saved_carry(p.saved, schedule.total(), panel, saved_row) + lane, s.carry, units - lane);
       }
       if (p.c_all.data)
         store_first(schedule.template row<S>(p.c_all, t, b) + panel * L::kUnits + lane, s.carry, units - lane);

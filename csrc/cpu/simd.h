@@ -166,6 +166,14 @@ FASTSEQ_INLINE void store_first(S* p, Vec<Compute<S>> v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = lane[i];
 }
 
+// The same, with zeros in the other lanes, which belong to the buffer. Units beyond H are computed from weights of
+// zero, which times an infinity are NaN; stored as zero they stay out of later sums.
+template <class T>
+FASTSEQ_INLINE void store_padded(T* p, Vec<T> v, int64_t n) {
+  if (n < kLanes<T>) store(p, Vec<T>(0));
+  store_first(p, v, n);
+}
+
 // ---- pairs of bfloat16, the operand of dot products with float32 accumulation ----
 
 // acc + a.lo * b.lo + a.hi * b.hi in each 32-bit lane.
