@@ -37,8 +37,16 @@ __all__ = [
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
+# On the CPU whatever the default device is. new_empty takes 1.2 us, torch.empty with a dtype and a device 2.4, and a
+# backward pass makes up to seven tensors.
+_new_empty = {
+    dtype: torch.empty(0, dtype=getattr(torch, dtype), device="cpu").new_empty
+    for dtype in ("float32", "float64", "bfloat16", "uint8")
+}
+
+
 def _empty(shape: tuple[int, ...], dtype: str) -> Tensor:
-    return torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")  # whatever the default device is
+    return _new_empty[dtype](*shape)
 
 
 def attach(*, empty: Callable[[tuple[int, ...], str], Tensor] = _empty, exchange: bool = True) -> bool:
