@@ -92,7 +92,7 @@ def test_backward_twice(cell):
 @pytest.mark.parametrize("hidden", [7, 65])
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_infinities_spread_no_further_than_in_torch(name, hidden, where):
-    """Units beyond H, which complete a vector, are computed from weights of zero: zero times infinity must stay there."""
+    """Units beyond H, which complete a vector, have weights of zero: zero times infinity must stay there."""
 
     def finite(namespace):
         torch.manual_seed(0)
