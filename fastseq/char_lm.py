@@ -109,10 +109,10 @@ def detached(state):
 class Training:
     """Truncated backpropagation through time: the state runs on from window to window, the gradient does not."""
 
-    def __init__(self, model: CharLM, text: Text, batch: int, length: int, rate: float = 2e-3, clip: float = 1.0):
+    def __init__(self, model: CharLM, ids: Tensor, batch: int, length: int, rate: float = 2e-3, clip: float = 1.0):
         self.model = model
         self.clip = clip
-        self.windows = windows(text.ids, batch, length)
+        self.windows = windows(ids, batch, length)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=rate)
         self.state = None
 

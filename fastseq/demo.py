@@ -69,7 +69,7 @@ def train(text: Text, cell: str, steps: int, console: Console) -> tuple[Run, Run
     def training(fused: bool) -> Training:
         torch.manual_seed(SEED)
         model = CharLM(len(text.characters), cell)
-        return Training(fastseq.fuse(model) if fused else model, text, BATCH, WINDOW, rate=4e-3)
+        return Training(fastseq.fuse(model) if fused else model, text.ids, BATCH, WINDOW, rate=4e-3)
 
     runs = Run("torch.nn", training(fused=False)), Run("fastseq", training(fused=True))
     columns = (

@@ -31,7 +31,7 @@ def test_windows_need_text(characters, enough):
 def test_training_carries_the_state_and_learns(cell):
     torch.manual_seed(0)
     text = Text("abcdefgh" * 40)
-    training = Training(CharLM(len(text.characters), cell, 16, 32), text, batch=4, length=16, rate=1e-2)
+    training = Training(CharLM(len(text.characters), cell, 16, 32), text.ids, batch=4, length=16, rate=1e-2)
     losses = [training.step()]
     after_first = training.state
     losses += [training.step() for _ in range(30)]
@@ -44,7 +44,7 @@ def test_training_carries_the_state_and_learns(cell):
 def test_training_clips():
     torch.manual_seed(0)
     text = Text("abcdefgh" * 40)
-    training = Training(CharLM(len(text.characters), "rnn", 4, 4), text, batch=2, length=8, clip=1e-3)
+    training = Training(CharLM(len(text.characters), "rnn", 4, 4), text.ids, batch=2, length=8, clip=1e-3)
     training.step()
     gradients = [parameter.grad.norm() for parameter in training.model.parameters()]
     assert torch.stack(gradients).norm() <= 1.001e-3
