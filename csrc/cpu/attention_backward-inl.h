@@ -101,7 +101,7 @@ struct AttentionBackward {
   };
 
   void work(const Team& team) {
-    const Scratch s(*this, scratch + team.rank * scratch_elements);
+    Scratch s(*this, scratch + team.rank * scratch_elements);
     if (shares == 1) {
       const Operands operands(*this, team.rank);
       for (int64_t head; (head = queue.take()) < heads;) {
@@ -130,14 +130,16 @@ struct AttentionBackward {
     if (count <= 0) return;
     const S* k = row_of<const S>(p.k, b, n, extent.k_start + key);
     const S* v = row_of<const S>(p.v, b, n, extent.k_start + key);
-    pack_rows(k, p.k.row_stride, count, p.head_dim, operands.keys + key * p.head_dim);
-    pack_rows(v, p.v.row_stride, count, p.value_dim, operands.values + key * p.value_dim);
+    if (!few_queries(p)) {
+      pack_rows(k, p.k.row_stride, count, p.head_dim, operands.keys + key * p.head_dim);
+      pack_rows(v, p.v.row_stride, count, p.value_dim, operands.values + key * p.value_dim);
+    }
     if (p.dq.data)
       copy_rows(k, p.k.row_stride, count, p.head_dim, T(1), operands.key_rows + key * layout.key_row, layout.key_row);
   }
 
   // Every `shares`-th block of query rows: dQ of its rows, and their part of dK and dV.
-  void add_share(int64_t head, int64_t share, const Operands& operands, const Sums& sums, const Scratch& s) const {
+  void add_share(int64_t head, int64_t share, const Operands& operands, const Sums& sums, Scratch& s) const {
     const int64_t b = head / p.kv_heads;
     const Extent extent(p, b);
     fill(sums.dk, extent.keys * layout.key_row, T(0));
@@ -150,7 +152,9 @@ struct AttentionBackward {
       fill(s.dq, rows * layout.key_row, T(0));
       const Range seen = scores.window.keys_of(first, rows);
       for (int64_t key = G::floor(seen.begin); key < seen.end; key += kKeyBlock)
-        add_tile(scores, first, rows, key, min(key + kKeyBlock, seen.end), operands, sums, s);
+        add_tile(scores, first, rows, key, min(key + kKeyBlock, seen.end), operands,
+                 row_of<const S>(p.k, b, head % p.kv_heads, extent.k_start + key),
+                 row_of<const S>(p.v, b, head % p.kv_heads, extent.k_start + key), sums, s);
       if (!p.dq.data) continue;
       for (int64_t i = 0; i < rows; ++i)
         write_row(row_of<S>(p.dq, b, n, extent.q_start + first + i), s.dq + i * layout.key_row, p.head_dim, T(p.scale));
@@ -158,13 +162,13 @@ struct AttentionBackward {
     }
   }
 
-  // A block of query rows against the keys [key, end).
+  // A block of query rows against the keys [key, end), the first of which is stored at `k_rows` and `v_rows`.
   void add_tile(const Scores<S>& scores, int64_t first, int64_t rows, int64_t key, int64_t end,
-                const Operands& operands, const Sums& sums, const Scratch& s) const {
+                const Operands& operands, const S* k_rows, const S* v_rows, const Sums& sums, const Scratch& s) const {
     constexpr int64_t kTileRow = L::kTileRow;
     const QueryBlock<S>& block = s.block;
     block.differentiate(scores, first, rows, key, G::ceil(end) - key, operands.keys + key * p.head_dim,
-                        operands.values + key * p.value_dim, false);
+                        operands.values + key * p.value_dim, k_rows, v_rows, false);
     for (int64_t j = key; j < end; j += kCutKeys) {
       const int64_t count = min(kCutKeys, end - j);
       const Range seeing = scores.window.queries_of(j, count);

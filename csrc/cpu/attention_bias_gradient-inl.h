@@ -45,7 +45,7 @@ struct AttentionBiasGradient {
     Arena<T> arena;
     QueryBlock<S> block;
     T *keys, *values;  // a block of each, as panels of rows
-    T* sums;           // (kQueryBlock or 1, kTileRow); only the first column where the keys are broadcast
+    T* sums;           // (kQueryBlock, kTileRow), or of one row or column where the queries or the keys are broadcast
 
     Scratch(const AttentionBiasGradient& a, T* memory) : arena{memory}, block(a.p, a.layout, arena) {
       keys = arena.take(G::ceil(kKeyBlock) * a.p.head_dim);
@@ -60,7 +60,7 @@ struct AttentionBiasGradient {
   }
 
   void work(const Team& team) {
-    const Scratch s(*this, scratch + team.rank * scratch_elements);
+    Scratch s(*this, scratch + team.rank * scratch_elements);
     const int64_t sizes[4] = {p.batch, p.heads, query_blocks, key_blocks};
     int64_t counts[4], items = 1;
     for (int axis = 0; axis < 4; ++axis) items *= counts[axis] = whole[axis] ? sizes[axis] : 1;
@@ -79,31 +79,43 @@ struct AttentionBiasGradient {
     }
   }
 
-  // Adds dS of a block of query rows.
-  void add_row(int64_t b, int64_t n, int64_t first, Range keys, const Scratch& s) const {
+  // Adds dS of the query rows from `first` on, as many as a block has.
+  void add_row(int64_t b, int64_t n, int64_t first, Range keys, Scratch& s) const {
     const Extent extent(p, b);
     const int64_t rows = min(kQueryBlock, extent.queries - first), kv_head = n / (p.heads / p.kv_heads);
     if (rows <= 0) return;
+    if (!whole[3]) return add_shared_by_keys(extent, b, n, first, rows, s);
     const Scores<S> scores(p, extent, b, n);
     s.block.load_rows(extent, b, n, first, rows);
     const Range seen = scores.window.keys_of(first, rows);
-    for (int64_t key = keys.begin * kKeyBlock; key < min(keys.end * kKeyBlock, seen.end); key += kKeyBlock) {
-      const int64_t count = min(kKeyBlock, extent.keys - key);
-      if (key + count <= seen.begin) continue;
-      pack_rows(row_of<const S>(p.k, b, kv_head, extent.k_start + key), p.k.row_stride, count, p.head_dim, s.keys);
-      pack_rows(row_of<const S>(p.v, b, kv_head, extent.k_start + key), p.v.row_stride, count, p.value_dim, s.values);
-      s.block.differentiate(scores, first, rows, key, G::ceil(count), s.keys, s.values, true);
-      for (int64_t i = 0; i < rows; ++i) {
-        const T* row = s.block.scores + i * L::kTileRow;
-        T* sum = s.sums + (whole[2] ? i * L::kTileRow : 0);
-        Vec<T> all(T(0));
-        for (int64_t c = 0; c < G::ceil(count); c += kLanes<T>)
-          if (whole[3])
-            store(sum + c, load(sum + c) + load(row + c));
-          else
-            all = all + load(row + c);
-        if (!whole[3]) *sum += sum_of_lanes(all);
+    const int64_t key = keys.begin * kKeyBlock, count = min(kKeyBlock, extent.keys - key);
+    if (key >= seen.end || key + count <= seen.begin) return;
+    const S* k = row_of<const S>(p.k, b, kv_head, extent.k_start + key);
+    const S* v = row_of<const S>(p.v, b, kv_head, extent.k_start + key);
+    if (!few_queries(p)) {
+      pack_rows(k, p.k.row_stride, count, p.head_dim, s.keys);
+      pack_rows(v, p.v.row_stride, count, p.value_dim, s.values);
+    }
+    s.block.differentiate(scores, first, rows, key, G::ceil(count), s.keys, s.values, k, v, true);
+    // Rows of a sum: one each, or all in one.
+    const int64_t sums = whole[2] ? rows : 1, added = rows / sums;
+    for (int64_t i = 0; i < sums; ++i)
+      for (int64_t c = 0; c < G::ceil(count); c += kLanes<T>) {
+        Vec<T> sum(T(0));
+        for (int64_t r = i; r < i + added; ++r) sum = sum + load(s.block.scores + r * L::kTileRow + c);
+        store(s.sums + i * L::kTileRow + c, load(s.sums + i * L::kTileRow + c) + sum);
       }
+  }
+
+  // The softmax does not feel what is added to all keys alike; lse alone does.
+  void add_shared_by_keys(const Extent& extent, int64_t b, int64_t n, int64_t first, int64_t rows,
+                          const Scratch& s) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = extent.q_start + first + i;
+      const T lse = *element_of<const T>(p.lse, p.lse_strides, b, n, row);
+      T gradient = p.dlse ? *element_of<const T>(p.dlse, p.dlse_strides, b, n, row) : T(0);
+      if (lse != lse) gradient = lse;
+      if (lse != -T(__builtin_inff())) s.sums[whole[2] ? i * L::kTileRow : 0] += gradient;
     }
   }
 

@@ -12,7 +12,6 @@ struct AttentionDecode {
   using T = Compute<S>;
   using V = Vec<T>;
 
-  static constexpr int64_t kMostRows = 16;     // query rows of a head of keys; with more, packing the keys pays
   static constexpr int64_t kPart = 64;         // keys that are scored before their values are added
   static constexpr int64_t kLeastChunk = 256;  // keys
   static constexpr int64_t kItems = 64;        // chunks of all heads together, where there are keys enough
@@ -36,8 +35,6 @@ struct AttentionDecode {
     part_elements = Part::elements(*this);
     scratch_elements = Scratch::elements();
   }
-
-  static bool serves(const AttentionParams& p) { return p.heads / p.kv_heads * p.queries <= kMostRows; }
 
   static Status run(const AttentionParams& p) {
     const int threads = attention_threads(p);
@@ -75,14 +72,14 @@ struct AttentionDecode {
     uint32_t* words;
 
     static int64_t elements() {
-      return Arena<T>::size(kMostRows * kRow) + 2 * Arena<T>::size(SoftmaxRows<T>::padded(kMostRows)) +
+      return Arena<T>::size(kFewRows * kRow) + 2 * Arena<T>::size(SoftmaxRows<T>::padded(kFewRows)) +
              Arena<T>::size(Scores<S>::draw_size(kPart));
     }
     explicit Scratch(T* memory) {
       Arena<T> arena{memory};
-      scores = arena.take(kMostRows * kRow);
-      next = arena.take(SoftmaxRows<T>::padded(kMostRows));
-      factors = arena.take(SoftmaxRows<T>::padded(kMostRows));
+      scores = arena.take(kFewRows * kRow);
+      next = arena.take(SoftmaxRows<T>::padded(kFewRows));
+      factors = arena.take(SoftmaxRows<T>::padded(kFewRows));
       words = (uint32_t*)arena.take(Scores<S>::draw_size(kPart));
     }
   };
@@ -109,13 +106,13 @@ struct AttentionDecode {
     const Range seen = extent.window(p).keys_of(0, extent.queries);
     const int64_t begin = max(chunk * chunk_keys, seen.begin / kPart * kPart);
     const int64_t end = min((chunk + 1) * chunk_keys, seen.end);
-    const S* q[kMostRows];
+    const S* q[kFewRows];
     for (int64_t r = 0; r < rows; ++r)
       q[r] = row_of<const S>(p.q, b, head_of(head, r, extent), extent.q_start + r % extent.queries);
     for (int64_t key = begin; key < end; key += kPart) {
       const int64_t count = min(kPart, end - key), columns = ceil_div(count, V::kLanes) * V::kLanes;
-      dot_rows<S>(q, rows, p.head_dim, row_of<const S>(p.k, b, n, extent.k_start + key), p.k.row_stride, nullptr, count,
-                  s.scores, kRow);
+      multiply_stored(q, rows, p.head_dim, row_of<const S>(p.k, b, n, extent.k_start + key), p.k.row_stride, count,
+                      T(p.scale), s.scores, kRow);
       weigh(head, b, extent, key, count, columns, part, s);
       const S* v = row_of<const S>(p.v, b, n, extent.k_start + key);
       add_values(rows, count, v, s, part.out);
@@ -129,7 +126,6 @@ struct AttentionDecode {
     fill(s.next, SoftmaxRows<T>::padded(rows), -T(__builtin_inff()));
     for (int64_t r = 0; r < rows; ++r) {
       T* row = s.scores + r * kRow;
-      for (int64_t c = 0; c < columns; c += V::kLanes) store(row + c, load(row + c) * V(T(p.scale)));
       const Scores<S> scores(p, extent, b, head_of(head, r, extent));
       scores.apply(r % extent.queries, key, columns, row);
       fill(row + count, columns - count, -T(__builtin_inff()));

@@ -40,7 +40,7 @@ struct AttentionForward {
   }
 
   static Status run(const AttentionParams& p) {
-    if (AttentionDecode<S>::serves(p)) return AttentionDecode<S>::run(p);
+    if (few_queries(p)) return AttentionDecode<S>::run(p);
     const int threads = attention_threads(p);
     AttentionForward forward(p, threads);
     const int64_t elements = forward.wave * forward.slot_elements + threads * forward.scratch_elements;

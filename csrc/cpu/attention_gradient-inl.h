@@ -36,10 +36,11 @@ struct QueryBlock {
 
   const AttentionParams& p;
   const L& layout;
-  T *q, *dout;          // (kQueryBlock, key_row), scaled; (kQueryBlock, value_row)
-  T *lse, *delta;       // (kQueryBlock); lse is +inf where there is no key, which makes P zero
-  T *weights, *scores;  // (kQueryBlock, kTileRow): P after dropout and dS
-  T* derivative;        // (kTileRow): of the softcap
+  const S *q_rows, *dout_rows;  // as they are stored
+  T *q, *dout;                  // (kQueryBlock, key_row), scaled; (kQueryBlock, value_row)
+  T *lse, *delta;               // (kQueryBlock); lse is +inf where there is no key, which makes P zero
+  T *weights, *scores;          // (kQueryBlock, kTileRow): P after dropout and dS
+  T* derivative;                // (kTileRow): of the softcap
   uint32_t* words;
 
   static int64_t elements(const L& layout) {
@@ -60,16 +61,14 @@ struct QueryBlock {
   }
 
   // Reads the rows [first, first + rows) of head n.
-  void load_rows(const Extent& extent, int64_t b, int64_t n, int64_t first, int64_t rows) const {
+  void load_rows(const Extent& extent, int64_t b, int64_t n, int64_t first, int64_t rows) {
     const int64_t start = extent.q_start + first;
-    copy_rows(row_of<const S>(p.q, b, n, start), p.q.row_stride, rows, p.head_dim, T(p.scale), q, layout.key_row);
-    copy_rows(row_of<const S>(p.dout, b, n, start), p.dout.row_stride, rows, p.value_dim, T(1), dout, layout.value_row);
+    q_rows = row_of<const S>(p.q, b, n, start);
+    dout_rows = row_of<const S>(p.dout, b, n, start);
+    copy_rows(q_rows, p.q.row_stride, rows, p.head_dim, T(p.scale), q, layout.key_row);
+    copy_rows(dout_rows, p.dout.row_stride, rows, p.value_dim, T(1), dout, layout.value_row);
+    load_delta(row_of<const S>(p.out, b, n, start), rows);
     for (int64_t i = 0; i < rows; ++i) {
-      Vec<T> sum(T(0));
-      const S* out = row_of<const S>(p.out, b, n, start + i);
-      for (int64_t c = 0; c < p.value_dim; c += kLanes<T>)
-        sum = fma(load_first(out + c, p.value_dim - c), load(dout + i * layout.value_row + c), sum);
-      delta[i] = sum_of_lanes(sum);
       if (p.dlse) delta[i] -= *element_of<const T>(p.dlse, p.dlse_strides, b, n, start + i);
       lse[i] = *element_of<const T>(p.lse, p.lse_strides, b, n, start + i);
       if (lse[i] == -T(__builtin_inff())) lse[i] = T(__builtin_inff());
@@ -77,24 +76,32 @@ struct QueryBlock {
   }
 
   // P and dS of the loaded rows and the keys [key, key + columns), both multiples of kColumns, whose K and V are given
-  // as panels of rows. dS is the gradient of the products, or before the softcap's derivative if `of_scores`. Keys that
-  // a query may not see get 0.
+  // as panels of rows, and as they are stored, where the panels are not needed if few_queries. dS is the gradient of
+  // the products, or before the softcap's derivative if `of_scores`. Keys that a query may not see get 0.
   void differentiate(const Scores<S>& of, int64_t first, int64_t rows, int64_t key, int64_t columns, const T* keys,
-                     const T* values, bool of_scores) const {
+                     const T* values, const S* k_rows, const S* v_rows, bool of_scores) const {
     const EvenSplit split(rows, G::kRows);
     for (int64_t t = 0; t < split.parts; ++t) {
       const int64_t row = split.begin(t), count = split.count(t);
       const Range seen = of.window.keys_of(first + row, count);
       const int64_t begin = G::floor(Window::clamp(seen.begin - key, 0, columns));
-      const int64_t end = max(begin, G::ceil(Window::clamp(seen.end - key, 0, columns)));
-      multiply<Before::kIgnored>(count, (end - begin) / G::kColumns, p.head_dim,
-                                 Left<T>{q + row * layout.key_row, layout.key_row, 1},
-                                 Right<T>{keys + begin * p.head_dim, p.head_dim * G::kColumns, G::kColumns},
-                                 weights + row * L::kTileRow + begin, L::kTileRow);
-      multiply<Before::kIgnored>(count, (end - begin) / G::kColumns, p.value_dim,
-                                 Left<T>{dout + row * layout.value_row, layout.value_row, 1},
-                                 Right<T>{values + begin * p.value_dim, p.value_dim * G::kColumns, G::kColumns},
-                                 scores + row * L::kTileRow + begin, L::kTileRow);
+      const int64_t seen_end = Window::clamp(seen.end - key, begin, columns), end = G::ceil(seen_end);
+      T *weight = weights + row * L::kTileRow + begin, *score = scores + row * L::kTileRow + begin;
+      if (few_queries(p)) {
+        multiply_rows(q_rows, p.q.row_stride, row, count, p.head_dim, k_rows + begin * p.k.row_stride, p.k.row_stride,
+                      seen_end - begin, T(p.scale), weight);
+        multiply_rows(dout_rows, p.dout.row_stride, row, count, p.value_dim, v_rows + begin * p.v.row_stride,
+                      p.v.row_stride, seen_end - begin, T(1), score);
+        for (int64_t m = 0; m < count; ++m) fill(score + m * L::kTileRow + seen_end - begin, end - seen_end, T(0));
+      } else {
+        const int64_t panels = (end - begin) / G::kColumns;
+        multiply<Before::kIgnored>(count, panels, p.head_dim, Left<T>{q + row * layout.key_row, layout.key_row, 1},
+                                   Right<T>{keys + begin * p.head_dim, p.head_dim * G::kColumns, G::kColumns}, weight,
+                                   L::kTileRow);
+        multiply<Before::kIgnored>(
+            count, panels, p.value_dim, Left<T>{dout + row * layout.value_row, layout.value_row, 1},
+            Right<T>{values + begin * p.value_dim, p.value_dim * G::kColumns, G::kColumns}, score, L::kTileRow);
+      }
       for (int64_t i = row; i < row + count; ++i) {
         differentiate_row(of, first, i, key, begin, end, of_scores);
         fill(weights + i * L::kTileRow, begin, T(0));
@@ -106,6 +113,35 @@ struct QueryBlock {
   }
 
  private:
+  // delta_i = <dout_i, out_i>, each sum in the order of dO V^T: where a query sees one key alone, dS is then exactly 0.
+  void load_delta(const S* out_rows, int64_t rows) const {
+    constexpr int lanes = kLanes<T>;
+    if (few_queries(p)) {
+      for (int64_t i = 0; i < rows; ++i)
+        multiply_rows(dout_rows, p.dout.row_stride, i, 1, p.value_dim, out_rows + i * p.out.row_stride,
+                      p.out.row_stride, 1, T(1), delta + i);
+      return;
+    }
+    for (int64_t i = 0; i < rows; i += lanes) {
+      Vec<T> sum(T(0));
+      for (int64_t c = 0; c < p.value_dim; c += lanes) {
+        Vec<T> gradient[lanes], value[lanes];
+        load_transposed(dout_rows + i * p.dout.row_stride + c, p.dout.row_stride, rows - i, p.value_dim - c, gradient);
+        load_transposed(out_rows + i * p.out.row_stride + c, p.out.row_stride, rows - i, p.value_dim - c, value);
+        for (int64_t k = 0; k < min(lanes, p.value_dim - c); ++k) sum = fma(gradient[k], value[k], sum);
+      }
+      store_first(delta + i, sum, rows - i);
+    }
+  }
+
+  // Products of stored rows [row, row + count), count <= kRows, in rows of a tile.
+  static void multiply_rows(const S* rows, int64_t stride, int64_t row, int64_t count, int64_t depth, const S* b,
+                            int64_t b_stride, int64_t columns, T scale, T* out) {
+    const S* a[G::kRows];
+    for (int64_t m = 0; m < count; ++m) a[m] = rows + (row + m) * stride;
+    multiply_stored(a, count, depth, b, b_stride, columns, scale, out, L::kTileRow);
+  }
+
   // Row i: products become P after dropout, gradients of P become those of the products.
   void differentiate_row(const Scores<S>& of, int64_t first, int64_t i, int64_t key, int64_t begin, int64_t end,
                          bool of_scores) const {

@@ -12,6 +12,21 @@ namespace fastseq::FASTSEQ_ISA {
 // Query rows of a block: the unit of work. Keys of packed panels are shared by all blocks of a head.
 constexpr int64_t kQueryBlock = 96;
 
+// With few query rows for a head of keys, products are dots of rows as they are stored: packing the keys would not pay.
+// Backward does as forward did: P = exp(S - lse) is only as exact as S is the same.
+constexpr int64_t kFewRows = 16;
+inline bool few_queries(const AttentionParams& p) { return p.heads / p.kv_heads * p.queries <= kFewRows; }
+
+// out[r * out_row + j] = scale <a[r], b + j * stride> for `count` rows of b.
+template <class S>
+void multiply_stored(const S* const* a, int64_t rows, int64_t depth, const S* b, int64_t stride, int64_t count,
+                     Compute<S> scale, Compute<S>* out, int64_t out_row) {
+  using V = Vec<Compute<S>>;
+  dot_rows<S>(a, rows, depth, b, stride, nullptr, count, out, out_row);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < count; j += V::kLanes) store(out + r * out_row + j, load(out + r * out_row + j) * V(scale));
+}
+
 // One batch row: its number of queries and keys, and the rows of its tensors where they start.
 struct Extent {
   int64_t queries, keys, q_start, k_start;

@@ -60,12 +60,17 @@ struct Scores {
     const Range seen = window.keys_of(i, 1);
     const int64_t begin = Window::clamp(seen.begin - first, 0, columns);
     const int64_t end = Window::clamp(seen.end - first, begin, columns), start = begin / kLanes * kLanes;
-    if (has_softcap)
+    if (has_softcap) {
       for (int64_t c = start; c < end; c += kLanes) {
         V d;
         store(row + c, softcap.forward(load(row + c), d));
         if (derivative) store(derivative + c, d);
       }
+      if (derivative) {
+        fill(derivative, begin, T(0));
+        fill(derivative + end, columns - end, T(0));
+      }
+    }
     if (bias) {
       const S* source = bias + i * bias_row + first * bias_key;
       for (int64_t c = start; c < end; c += kLanes)
