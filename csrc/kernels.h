@@ -74,10 +74,65 @@ struct RecurrentKernels {
   Status (*backward)(const RecurrentParams&);
 };
 
+// The heads of a sequence tensor, (B, N, L, D) by strides in elements; the last axis is contiguous.
+struct Heads {
+  void* data;  // null: absent, as above
+  int64_t batch_stride, head_stride, row_stride;
+};
+
+// Scaled-dot-product attention. N query heads, Nk heads of keys and values: query head n uses head n / (N / Nk).
+//
+//   s = scale * <q_i, k_j>, then softcap * tanh(s / softcap), + bias, - slope * |i + shift - j|, in this order
+//   p = softmax of s over the keys j that query i may see, out_i = sum_j dropout(p)_ij v_j
+//
+// A query that may see no key, or whose scores are all -inf, has p = 0, out = 0 and lse = -inf.
+// No output may overlap an input.
+struct AttentionParams {
+  int64_t batch, heads, kv_heads, queries, keys, head_dim, value_dim;  // B N Nk L S D E; L and S of the longest row
+
+  // Variable length: batch row b has q_lengths[b] queries from row q_starts[b] of its tensors on; null: L, and 0.
+  // Packed batches have starts, and batch strides of 0. Without starts, rows of outputs beyond the length become 0
+  // (those of lse -inf); with starts they are not written.
+  const int64_t *q_lengths, *k_lengths, *q_starts, *k_starts;  // (B)
+
+  double scale, softcap;  // softcap 0: none
+  int64_t left, right;    // query i may see the keys j with -left <= j - (i + shift) <= right; INT64_MAX: all
+  bool lower_right;       // shift is the number of keys less that of queries; otherwise 0
+
+  // Query i may see key j where `allowed` is true. Masks are (B, N, L, S) by strides, 0 for broadcast axes.
+  const uint8_t* allowed;  // null: everywhere
+  int64_t allowed_strides[4];
+  const void* bias;  // in the dtype of the query; null: 0
+  int64_t bias_strides[4];
+  const float* alibi_slopes;  // (B, N); null: 0
+  int64_t alibi_batch_stride, alibi_head_stride;
+
+  double dropout_p;  // in [0, 1): draws are those of math/philox.h
+  uint64_t seed;
+  int threads;  // at most this many
+
+  Heads q, k, v, out;
+  void* lse;  // (B, N, L), log of the sum of exp(s), float32 or float64; null: not wanted, backward needs it
+  int64_t lse_strides[3];
+
+  // backward only
+  Heads dout, dq, dk, dv;  // null: not wanted
+  const void* dlse;        // null: 0
+  int64_t dlse_strides[3];
+  void* dbias;  // the gradient of bias, zeros from the caller, in the type of lse; null: not wanted
+  int64_t dbias_strides[4];
+};
+
+struct AttentionKernels {
+  Status (*forward)(const AttentionParams&);
+  Status (*backward)(const AttentionParams&);
+};
+
 struct Kernels {
   const char* isa;  // "baseline", "avx2", "avx512", "avx512_bf16"
   int vector_bytes;
   const RecurrentKernels* (*recurrent)(int cell);  // kDtypes entries
+  const AttentionKernels* attention;               // kDtypes entries
   double (*fma_peak)(int dtype, double seconds);   // measured flops per second of one core at full FMA rate
 };
 

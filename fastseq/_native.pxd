@@ -85,10 +85,44 @@ cdef extern from "kernels.h" namespace "fastseq" nogil:
         void (*pack)(const RecurrentParams&, void*) noexcept nogil
         Status (*forward)(const RecurrentParams&) noexcept nogil
         Status (*backward)(const RecurrentParams&) noexcept nogil
+    struct Heads:
+        void* data
+        int64_t batch_stride
+        int64_t head_stride
+        int64_t row_stride
+    struct AttentionParams:
+        int64_t batch, heads, kv_heads, queries, keys, head_dim, value_dim
+        const int64_t* q_lengths
+        const int64_t* k_lengths
+        const int64_t* q_starts
+        const int64_t* k_starts
+        double scale, softcap
+        int64_t left, right
+        bint lower_right
+        const uint8_t* allowed
+        int64_t[4] allowed_strides
+        const void* bias
+        int64_t[4] bias_strides
+        const float* alibi_slopes
+        int64_t alibi_batch_stride, alibi_head_stride
+        double dropout_p
+        uint64_t seed
+        int threads
+        Heads q, k, v, out, dout, dq, dk, dv
+        void* lse
+        int64_t[3] lse_strides
+        const void* dlse
+        int64_t[3] dlse_strides
+        void* dbias
+        int64_t[4] dbias_strides
+    struct AttentionKernels:
+        Status (*forward)(const AttentionParams&) noexcept nogil
+        Status (*backward)(const AttentionParams&) noexcept nogil
     struct Kernels:
         const char* isa
         int vector_bytes
         const RecurrentKernels* (*recurrent)(int) noexcept nogil
+        const AttentionKernels* attention
         double (*fma_peak)(int, double) noexcept nogil
     struct Checksum:
         uint64_t sum

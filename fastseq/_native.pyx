@@ -7,7 +7,7 @@ of every tensor. What the arguments mean is written in backends/native.py, which
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_DECREF
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uintptr_t
+from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
@@ -18,6 +18,7 @@ cdef int64_t[4] GATES = [1, 1, 4, 3]
 cdef const Kernels* active = default_kernels()
 
 include "_native_tensors.pxi"
+include "_native_attention.pxi"
 
 
 def isas():

@@ -13,8 +13,8 @@ cdef struct View:
     char* data
     int dtype  # -1: none of the above
     int dims
-    int64_t[3] shape
-    int64_t[3] stride  # in elements
+    int64_t[4] shape
+    int64_t[4] stride  # in elements
 
 # A call: the params, and what its tensors are checked against beside them.
 cdef struct Problem:
@@ -61,8 +61,8 @@ cdef int read(tensor, str name, View* view) except -1:
         exchange.dltensor_from_py_object_no_sync(<void*>tensor, &source)
         if source.device.device_type != kDLCPU:
             raise ValueError(f"{name} must be on the CPU, got {tensor.device}")
-        if source.ndim > 3:
-            raise ValueError(f"{name} must have at most 3 dimensions, got {source.ndim}")
+        if source.ndim > 4:
+            raise ValueError(f"{name} must have at most 4 dimensions, got {source.ndim}")
         view.data = <char*>source.data + source.byte_offset
         view.dtype = dtype_of(source.dtype)
         view.dims = source.ndim
@@ -102,8 +102,8 @@ cdef int read_attributes(tensor, str name, View* view) except -1:
     if tensor.device.type != "cpu":
         raise ValueError(f"{name} must be on the CPU, got {tensor.device}")
     shape, stride, dtype = tensor.shape, tensor.stride(), str(tensor.dtype)[len("torch."):]
-    if len(shape) > 3:
-        raise ValueError(f"{name} must have at most 3 dimensions, got {len(shape)}")
+    if len(shape) > 4:
+        raise ValueError(f"{name} must have at most 4 dimensions, got {len(shape)}")
     view.data = <char*><uintptr_t>tensor.data_ptr()
     view.dtype = DTYPES.index(dtype) if dtype in DTYPES else -1
     view.dims = len(shape)
@@ -111,6 +111,10 @@ cdef int read_attributes(tensor, str name, View* view) except -1:
         view.shape[axis] = shape[axis]
         view.stride[axis] = stride[axis]
     return 0
+
+
+cdef str dtype_name(const View* view):
+    return "another" if view.dtype < 0 else DTYPES[view.dtype]
 
 
 cdef tuple shape_of(const View* view):
@@ -121,8 +125,7 @@ cdef tuple shape_of(const View* view):
 cdef int check(const View* view, str name, int dtype, int64_t d0, int64_t d1, int64_t d2) except -1:
     cdef int dims = 1 if d1 < 0 else 2 if d2 < 0 else 3
     if view.dtype != dtype:
-        got = "another" if view.dtype < 0 else DTYPES[view.dtype]
-        raise TypeError(f"{name} must have dtype {DTYPES[dtype]}, got {got}")
+        raise TypeError(f"{name} must have dtype {DTYPES[dtype]}, got {dtype_name(view)}")
     if (
         view.dims != dims
         or view.shape[0] != d0
@@ -165,18 +168,21 @@ cdef int64_t check_contiguous(const View* view, str name) except -1:
 
 # No element of an output may be reached twice, as in expanded tensors and overlapping windows.
 cdef int check_distinct(const View* view, str name) except -1:
-    cdef int64_t reach = view.shape[view.dims - 1]
-    cdef int first = view.dims - 2
-    cdef int last = 0
-    cdef int axis
-    if view.dims == 3 and view.stride[0] < view.stride[1]:
-        first, last = 0, 1
-    for axis in (first, last):
-        if view.shape[axis] > 1 and view.stride[axis] < reach:
-            raise ValueError(f"{name} must not overlap itself")
-        reach += view.stride[axis] * (view.shape[axis] - 1)
-        if first == last:
-            break
+    cdef int64_t reach = 1
+    cdef int[4] order  # the axes by growing stride
+    cdef int axis, place
+    for axis in range(view.dims):
+        place = axis
+        while place > 0 and view.stride[order[place - 1]] > view.stride[axis]:
+            order[place] = order[place - 1]
+            place -= 1
+        order[place] = axis
+    for place in range(view.dims):
+        axis = order[place]
+        if view.shape[axis] > 1:
+            if view.stride[axis] < reach:
+                raise ValueError(f"{name} must not overlap itself")
+            reach += view.stride[axis] * (view.shape[axis] - 1)
     return 0
 
 

@@ -28,17 +28,6 @@ void multiply_panels(const S* const* rows, int64_t k0, int64_t depth, const type
   }
 }
 
-// One block of lanes x lanes, transposed: out[k * out_stride] lane u = w[u * stride + k]. `units` and `depth` may be
-// fewer than the lanes; the missing ones are zero.
-template <class S>
-FASTSEQ_INLINE void load_transposed(const S* w, int64_t stride, int64_t units, int64_t depth,
-                                    Vec<Compute<S>> (&rows)[kLanes<Compute<S>>]) {
-  constexpr int lanes = kLanes<Compute<S>>;
-  FASTSEQ_UNROLL for (int u = 0; u < lanes; ++u) rows[u] =
-      u < units ? load_first(w + u * stride, depth) : Vec<Compute<S>>(0);
-  transpose(rows);
-}
-
 }  // namespace
 
 template <class S>

@@ -30,6 +30,17 @@ FASTSEQ_INLINE void accumulate(int64_t depth, const T* const (&a)[MR], int64_t a
   }
 }
 
+// One block of lanes x lanes, transposed: out[k * out_stride] lane u = w[u * stride + k]. `units` and `depth` may be
+// fewer than the lanes; the missing ones are zero.
+template <class S>
+FASTSEQ_INLINE void load_transposed(const S* w, int64_t stride, int64_t units, int64_t depth,
+                                    Vec<Compute<S>> (&rows)[kLanes<Compute<S>>]) {
+  constexpr int lanes = kLanes<Compute<S>>;
+  FASTSEQ_UNROLL for (int u = 0; u < lanes; ++u) rows[u] =
+      u < units ? load_first(w + u * stride, depth) : Vec<Compute<S>>(0);
+  transpose(rows);
+}
+
 FASTSEQ_INLINE Words broadcast_word(uint32_t w) { return w - Words{}; }
 
 // The same for bfloat16: a in storage, b in words that hold the weights of k and k + 1; an odd last k is paired with 0.

@@ -59,12 +59,16 @@ struct LaneTypes<float> {
   typedef float Raw __attribute__((vector_size(kVectorBytes)));
   typedef float RawUnaligned __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
   typedef int32_t RawBits __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t RawWords __attribute__((vector_size(kVectorBytes)));
+  typedef uint8_t RawBytes __attribute__((vector_size(kVectorBytes / 4)));
 };
 template <>
 struct LaneTypes<double> {
   typedef double Raw __attribute__((vector_size(kVectorBytes)));
   typedef double RawUnaligned __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
   typedef int64_t RawBits __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t RawWords __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint8_t RawBytes __attribute__((vector_size(kVectorBytes / 8)));
 };
 
 template <class T>
@@ -85,6 +89,7 @@ struct Vec {
   friend FASTSEQ_INLINE Vec operator*(Vec a, Vec b) { return a.raw * b.raw; }
   friend FASTSEQ_INLINE Vec operator/(Vec a, Vec b) { return a.raw / b.raw; }
   friend FASTSEQ_INLINE Vec operator-(Vec a) { return -a.raw; }
+  friend FASTSEQ_INLINE RawBits operator==(Vec a, Vec b) { return a.raw == b.raw; }
 };
 
 template <class T>
@@ -117,6 +122,26 @@ FASTSEQ_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 template <class T>
 FASTSEQ_INLINE Vec<T> select(typename Vec<T>::RawBits mask, Vec<T> a, Vec<T> b) {
   return mask ? a.raw : b.raw;
+}
+
+// The larger lanes; b where either is NaN.
+template <class T>
+FASTSEQ_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
+  return a.raw > b.raw ? a.raw : b.raw;
+}
+
+template <class T>
+FASTSEQ_INLINE Vec<T> abs(Vec<T> a) {
+  using Bits = typename Vec<T>::RawBits;
+  return (typename Vec<T>::Raw)((Bits)a.raw & ~(Bits)Vec<T>(T(-0.0)).raw);
+}
+
+// 0, 1, 2, ...
+template <class T>
+FASTSEQ_INLINE Vec<T> lane_numbers() {
+  Vec<T> v;
+  FASTSEQ_UNROLL for (int i = 0; i < kLanes<T>; ++i) v.raw[i] = T(i);
+  return v;
 }
 
 // ---- memory: S is the storage type, lanes are Compute<S> ----
@@ -174,6 +199,68 @@ FASTSEQ_INLINE void store_padded(T* p, Vec<T> v, int64_t n) {
   store_first(p, v, n);
 }
 
+// A mask of lanes: set where one of the first n bytes, `stride` apart, is not zero.
+template <class T>
+FASTSEQ_INLINE typename Vec<T>::RawBits load_flags(const uint8_t* p, int64_t stride, int64_t n) {
+  constexpr int lanes = kLanes<T>;
+  typename LaneTypes<T>::RawBytes bytes;
+  if (stride == 1 && n >= lanes) {
+    std::memcpy(&bytes, p, sizeof bytes);
+  } else {
+    uint8_t lane[lanes] = {};
+    for (int64_t i = 0; i < n && i < lanes; ++i) lane[i] = p[i * stride];
+    std::memcpy(&bytes, lane, sizeof bytes);
+  }
+  return __builtin_convertvector(bytes, typename Vec<T>::RawBits) != 0;
+}
+
+// A mask of lanes: set where a word is at least `threshold`.
+template <class T>
+FASTSEQ_INLINE typename Vec<T>::RawBits at_least(const uint32_t* words, uint32_t threshold) {
+  typename LaneTypes<T>::RawWords word;
+  std::memcpy(&word, words, sizeof word);
+  return __builtin_convertvector(word >= threshold, typename Vec<T>::RawBits);
+}
+
+// ---- 32-bit words, one in each 64-bit lane, for the generator of random numbers ----
+
+typedef uint64_t LongWords __attribute__((vector_size(kVectorBytes)));
+
+// What is above the word of a lane has no meaning.
+struct WordLanes {
+  static constexpr int kLanes = kVectorBytes / 8;
+  LongWords raw;
+
+  FASTSEQ_INLINE WordLanes(LongWords r) : raw(r) {}
+  FASTSEQ_INLINE WordLanes(uint32_t x) : raw(x - LongWords{}) {}
+  friend FASTSEQ_INLINE WordLanes operator^(WordLanes a, WordLanes b) { return a.raw ^ b.raw; }
+};
+
+// a * b: the high word of the product, and the low one.
+FASTSEQ_INLINE void multiply_words(WordLanes a, uint32_t b, WordLanes& high, WordLanes& low) {
+#if defined(__AVX512F__)
+  // With a mask of all lanes: GCC warns about the undefined operand of the plain form.
+  low.raw = (LongWords)_mm512_maskz_mul_epu32(0xff, (__m512i)a.raw, (__m512i)WordLanes(b).raw);
+#elif defined(__AVX2__)
+  low.raw = (LongWords)_mm256_mul_epu32((__m256i)a.raw, (__m256i)WordLanes(b).raw);
+#else
+  low.raw = (a.raw & 0xffffffffu) * uint64_t(b);
+#endif
+  high.raw = low.raw >> 32;
+}
+
+// The words of all lanes in the order lane 0: x[0] x[1] x[2] x[3], lane 1: ...
+FASTSEQ_INLINE void store_interleaved(uint32_t* p, const WordLanes (&x)[4]) {
+  const LongWords even = (x[0].raw & 0xffffffffu) | x[1].raw << 32, odd = (x[2].raw & 0xffffffffu) | x[3].raw << 32;
+  LongWords first, second;
+  FASTSEQ_UNROLL for (int i = 0; i < WordLanes::kLanes; ++i) {
+    first[i] = (i & 1 ? odd : even)[i / 2];
+    second[i] = (i & 1 ? odd : even)[(WordLanes::kLanes + i) / 2];
+  }
+  std::memcpy(p, &first, sizeof first);
+  std::memcpy((char*)p + sizeof first, &second, sizeof second);
+}
+
 // ---- pairs of bfloat16, the operand of dot products with float32 accumulation ----
 
 // acc + a.lo * b.lo + a.hi * b.hi in each 32-bit lane.
@@ -215,7 +302,26 @@ FASTSEQ_INLINE Vec<T> swap_blocks(Vec<T> a, std::integer_sequence<int, kLane...>
   return Vec<T>(__builtin_shuffle(a.raw, mask));
 }
 
+// The lanes joined by f, which is commutative and associative but for rounding.
+template <int kBit, class T, class F>
+FASTSEQ_INLINE T fold(Vec<T> v, const F& f) {
+  if constexpr (kBit == 0) {
+    return v.raw[0];
+  } else {
+    return fold<kBit / 2>(f(v, swap_blocks<kBit>(v, std::make_integer_sequence<int, kLanes<T>>())), f);
+  }
+}
+
 }  // namespace detail
+
+template <class T>
+FASTSEQ_INLINE T sum_of_lanes(Vec<T> v) {
+  return detail::fold<kLanes<T> / 2>(v, [](Vec<T> a, Vec<T> b) { return a + b; });
+}
+template <class T>
+FASTSEQ_INLINE T largest_lane(Vec<T> v) {
+  return detail::fold<kLanes<T> / 2>(v, [](Vec<T> a, Vec<T> b) { return max(a, b); });
+}
 
 // rows[i] lane j <-> rows[j] lane i.
 template <class T>
@@ -226,7 +332,7 @@ FASTSEQ_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   if constexpr (kLanes<T> > 8) detail::exchange_rows<8>(rows);
 }
 
-// sums[i] = the sum of the lanes of rows[i]; kRows is a power of two.
+// sums[i] = the sum of the lanes of rows[i], in an order that does not depend on kRows, a power of two.
 template <int kRows, class T>
 FASTSEQ_INLINE void sum_lanes(Vec<T> (&rows)[kRows], T* sums) {
   constexpr int lanes = kLanes<T>, block = kRows < lanes ? kRows : lanes;
@@ -248,10 +354,10 @@ FASTSEQ_INLINE void sum_lanes(Vec<T> (&rows)[kRows], T* sums) {
       if constexpr (decltype(bit)::value < lanes && decltype(bit)::value >= block)
         row[0] = row[0] + detail::swap_blocks<decltype(bit)::value>(row[0], std::make_integer_sequence<int, lanes>());
     };
-    fold(std::integral_constant<int, 8>());
-    fold(std::integral_constant<int, 4>());
-    fold(std::integral_constant<int, 2>());
     fold(std::integral_constant<int, 1>());
+    fold(std::integral_constant<int, 2>());
+    fold(std::integral_constant<int, 4>());
+    fold(std::integral_constant<int, 8>());
     store_first(sums + first, row[0], block);
   }
 }

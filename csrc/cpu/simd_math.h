@@ -15,9 +15,10 @@ template <>
 struct MathConstants<float> {
   static constexpr int kDegree = 7, kMantissaBits = 23, kExponentBias = 127;
   static constexpr float kLog2e = 1.44269504f, kLn2High = 0.693145751953125f, kLn2Low = 1.42860677e-6f;
-  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr float kExpLimit = 87.0f;     // e^87 and e^-87 are normal numbers
-  static constexpr float kTanhLimit = 10.0f;    // tanh(10) rounds to 1
+  static constexpr float kRound = 12582912.0f;   // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kExpLimit = 87.0f;      // e^87 and e^-87 are normal numbers
+  static constexpr float kExpVanishes = -88.0f;  // n = -127: the exponent field of 2^n is 0
+  static constexpr float kTanhLimit = 10.0f;     // tanh(10) rounds to 1
 };
 template <>
 struct MathConstants<double> {
@@ -26,6 +27,7 @@ struct MathConstants<double> {
                           kLn2Low = 1.90821492927058770002e-10;
   static constexpr double kRound = 6755399441055744.0;
   static constexpr double kExpLimit = 708.0;
+  static constexpr double kExpVanishes = -709.0;
   static constexpr double kTanhLimit = 20.0;
 };
 
@@ -46,7 +48,7 @@ constexpr T inverse_factorial(int n) {
   return T(1 / f);
 }
 
-// x = n ln 2 + r: gives e^r - 1 and 2^n. |x| must be within kExpLimit.
+// x = n ln 2 + r: gives e^r - 1 and 2^n. x must lie between kExpVanishes, where 2^n comes out as 0, and kExpLimit.
 template <class T>
 FASTSEQ_INLINE void split_exp(Vec<T> x, Vec<T>& expm1_r, Vec<T>& two_n) {
   using C = MathConstants<T>;
@@ -68,6 +70,14 @@ template <class T>
 FASTSEQ_INLINE Vec<T> exp(Vec<T> x) {
   Vec<T> p, s;
   detail::split_exp(detail::clamp(x, MathConstants<T>::kExpLimit), p, s);
+  return fma(p, s, s);
+}
+
+// e^x for x <= 0, up to rounding; exactly 0 from where it would not be a normal number, as for -inf.
+template <class T>
+FASTSEQ_INLINE Vec<T> exp_vanishing(Vec<T> x) {
+  Vec<T> p, s;
+  detail::split_exp(max(Vec<T>(MathConstants<T>::kExpVanishes), x), p, s);
   return fma(p, s, s);
 }
 

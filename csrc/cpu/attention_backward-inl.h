@@ -1,0 +1,221 @@
+// Attention backward without a matrix of probabilities (Dao 2023, "FlashAttention-2"):
+//
+//   delta_i = <dout_i, out_i> - dlse_i      P = exp(S - lse)         dV = P'^T dO, P' being P after dropout
+//   dS = P * (dropout'(dO V^T) - delta)     dQ = scale dS K          dK = scale dS^T Q
+//
+// An item is a head of keys and a share of the blocks of query rows that use it: it owns their dQ, and its dK and dV
+// are sums of its own. Shares, and the order in which their sums are added up, follow from the shape alone, so the
+// result is the same for any number of threads.
+#pragma once
+
+#include "attention_bias_gradient-inl.h"
+
+namespace fastseq::FASTSEQ_ISA {
+
+template <class S>
+struct AttentionBackward {
+  using T = Compute<S>;
+  using G = Tile<T>;
+  using L = GradientLayout<T>;
+
+  static constexpr int64_t kItems = 16;       // shares of all heads together, at least, where there are blocks enough
+  static constexpr int64_t kPackBlock = 192;  // keys that are packed, or added up, at once
+  // Rows, or keys, whose products are cut to the keys, or rows, that they have in common.
+  static constexpr int64_t kCutKeys = 48, kCutRows = 24;
+
+  const AttentionParams& p;
+  const L layout;
+  int64_t group, heads, query_blocks, shares, padded_keys, operand_elements, sum_elements, scratch_elements;
+  T *operands = nullptr, *sums = nullptr, *scratch = nullptr;
+  Queue queue;
+
+  explicit AttentionBackward(const AttentionParams& params)
+      : p(params),
+        layout(p),
+        group(p.heads / p.kv_heads),
+        heads(p.batch * p.kv_heads),
+        query_blocks(ceil_div(p.queries, kQueryBlock)),
+        shares(max(1, min(ceil_div(kItems, heads), group * query_blocks))),
+        padded_keys(G::ceil(p.keys)) {
+    using A = Arena<T>;
+    operand_elements =
+        A::size(padded_keys * p.head_dim) + A::size(padded_keys * p.value_dim) + A::size(padded_keys * layout.key_row);
+    sum_elements = A::size(padded_keys * layout.key_row) + A::size(padded_keys * layout.value_row);
+    scratch_elements = QueryBlock<S>::elements(layout) + A::size(kQueryBlock * layout.key_row);
+  }
+
+  static Status run(const AttentionParams& p) {
+    const int threads = attention_threads(p);
+    if (p.dbias) {
+      const Status status = AttentionBiasGradient<S>::run(p, threads);
+      if (status != kOk) return status;
+    }
+    if (!p.dq.data && !p.dk.data && !p.dv.data) return kOk;
+    AttentionBackward backward(p);
+    const int64_t operands = backward.shares > 1 ? backward.heads : threads;
+    const int64_t sums = backward.shares > 1 ? backward.heads * backward.shares : threads;
+    const int64_t elements =
+        operands * backward.operand_elements + sums * backward.sum_elements + threads * backward.scratch_elements;
+    backward.operands = (T*)allocate(elements * int64_t(sizeof(T)));
+    if (!backward.operands) return kOutOfMemory;
+    backward.sums = backward.operands + operands * backward.operand_elements;
+    backward.scratch = backward.sums + sums * backward.sum_elements;
+    parallel(threads, [](void* context, const Team& team) { ((AttentionBackward*)context)->work(team); }, &backward);
+    release(backward.operands);
+    return kOk;
+  }
+
+ private:
+  // Of a head of keys.
+  struct Operands {
+    T *keys, *values, *key_rows;  // K and V as panels of rows, K as (padded S, key_row)
+
+    Operands(const AttentionBackward& a, int64_t index) {
+      Arena<T> arena{a.operands + index * a.operand_elements};
+      keys = arena.take(a.padded_keys * a.p.head_dim);
+      values = arena.take(a.padded_keys * a.p.value_dim);
+      key_rows = arena.take(a.padded_keys * a.layout.key_row);
+    }
+  };
+
+  // Of a share.
+  struct Sums {
+    T *dk, *dv;  // (S, key_row), (S, value_row)
+
+    Sums(const AttentionBackward& a, int64_t index) {
+      Arena<T> arena{a.sums + index * a.sum_elements};
+      dk = arena.take(a.padded_keys * a.layout.key_row);
+      dv = arena.take(a.padded_keys * a.layout.value_row);
+    }
+  };
+
+  // Of a thread.
+  struct Scratch {
+    Arena<T> arena;
+    QueryBlock<S> block;
+    T* dq;  // (kQueryBlock, key_row)
+
+    Scratch(const AttentionBackward& a, T* memory) : arena{memory}, block(a.p, a.layout, arena) {
+      dq = arena.take(kQueryBlock * a.layout.key_row);
+    }
+  };
+
+  void work(const Team& team) {
+    Scratch s(*this, scratch + team.rank * scratch_elements);
+    if (shares == 1) {
+      const Operands operands(*this, team.rank);
+      for (int64_t head; (head = queue.take()) < heads;) {
+        for (int64_t key = 0; key < p.keys; key += kPackBlock) pack(head, key, operands);
+        add_share(head, 0, operands, Sums(*this, team.rank), s);
+        for (int64_t key = 0; key < p.keys; key += kPackBlock) finish(head, key, team.rank);
+      }
+      return;
+    }
+    const int64_t blocks = ceil_div(p.keys, kPackBlock);
+    for (int64_t unit = team.rank; unit < heads * blocks; unit += team.size)
+      pack(unit / blocks, unit % blocks * kPackBlock, Operands(*this, unit / blocks));
+    team.wait();
+    for (int64_t item; (item = queue.take()) < heads * shares;)
+      add_share(item / shares, item % shares, Operands(*this, item / shares), Sums(*this, item), s);
+    team.wait();
+    for (int64_t unit = team.rank; unit < heads * blocks; unit += team.size)
+      finish(unit / blocks, unit % blocks * kPackBlock, unit / blocks * shares);
+  }
+
+  // Keys [key, key + kPackBlock) of a head.
+  void pack(int64_t head, int64_t key, const Operands& operands) const {
+    const int64_t b = head / p.kv_heads, n = head % p.kv_heads;
+    const Extent extent(p, b);
+    const int64_t count = min(kPackBlock, extent.keys - key);
+    if (count <= 0) return;
+    const S* k = row_of<const S>(p.k, b, n, extent.k_start + key);
+    const S* v = row_of<const S>(p.v, b, n, extent.k_start + key);
+    if (!few_queries(p)) {
+      pack_rows(k, p.k.row_stride, count, p.head_dim, operands.keys + key * p.head_dim);
+      pack_rows(v, p.v.row_stride, count, p.value_dim, operands.values + key * p.value_dim);
+    }
+    if (p.dq.data)
+      copy_rows(k, p.k.row_stride, count, p.head_dim, T(1), operands.key_rows + key * layout.key_row, layout.key_row);
+  }
+
+  // Every `shares`-th block of query rows: dQ of its rows, and their part of dK and dV.
+  void add_share(int64_t head, int64_t share, const Operands& operands, const Sums& sums, Scratch& s) const {
+    const int64_t b = head / p.kv_heads;
+    const Extent extent(p, b);
+    fill(sums.dk, extent.keys * layout.key_row, T(0));
+    fill(sums.dv, extent.keys * layout.value_row, T(0));
+    for (int64_t unit = share; unit < group * query_blocks; unit += shares) {
+      const int64_t n = head % p.kv_heads * group + unit / query_blocks, first = unit % query_blocks * kQueryBlock;
+      const int64_t rows = max(0, min(kQueryBlock, extent.queries - first));
+      const Scores<S> scores(p, extent, b, n);
+      s.block.load_rows(extent, b, n, first, rows);
+      fill(s.dq, rows * layout.key_row, T(0));
+      const Range seen = scores.window.keys_of(first, rows);
+      for (int64_t key = G::floor(seen.begin); key < seen.end; key += kKeyBlock)
+        add_tile(scores, first, rows, key, min(key + kKeyBlock, seen.end), operands,
+                 row_of<const S>(p.k, b, head % p.kv_heads, extent.k_start + key),
+                 row_of<const S>(p.v, b, head % p.kv_heads, extent.k_start + key), sums, s);
+      if (!p.dq.data) continue;
+      for (int64_t i = 0; i < rows; ++i)
+        write_row(row_of<S>(p.dq, b, n, extent.q_start + first + i), s.dq + i * layout.key_row, p.head_dim, T(p.scale));
+      if (!p.q_starts) zero_rows<S>(p.dq, b, n, first + rows, min(p.queries, first + kQueryBlock), p.head_dim);
+    }
+  }
+
+  // A block of query rows against the keys [key, end), the first of which is stored at `k_rows` and `v_rows`.
+  void add_tile(const Scores<S>& scores, int64_t first, int64_t rows, int64_t key, int64_t end,
+                const Operands& operands, const S* k_rows, const S* v_rows, const Sums& sums, const Scratch& s) const {
+    constexpr int64_t kTileRow = L::kTileRow;
+    const QueryBlock<S>& block = s.block;
+    block.differentiate(scores, first, rows, key, G::ceil(end) - key, operands.keys + key * p.head_dim,
+                        operands.values + key * p.value_dim, k_rows, v_rows, false);
+    for (int64_t j = key; j < end; j += kCutKeys) {
+      const int64_t count = min(kCutKeys, end - j);
+      const Range seeing = scores.window.queries_of(j, count);
+      const int64_t i = max(seeing.begin - first, 0), depth = min(seeing.end - first, rows) - i;
+      if (depth <= 0) continue;
+      const int64_t at = i * kTileRow + j - key;
+      if (p.dv.data)
+        multiply<Before::kAdded>(count, layout.value_panels(), depth, Left<T>{block.weights + at, 1, kTileRow},
+                                 Right<T>{block.dout + i * layout.value_row, G::kColumns, layout.value_row},
+                                 sums.dv + j * layout.value_row, layout.value_row);
+      if (p.dk.data)
+        multiply<Before::kAdded>(count, layout.key_panels(), depth, Left<T>{block.scores + at, 1, kTileRow},
+                                 Right<T>{block.q + i * layout.key_row, G::kColumns, layout.key_row},
+                                 sums.dk + j * layout.key_row, layout.key_row);
+    }
+    if (!p.dq.data) return;
+    for (int64_t i = 0; i < rows; i += kCutRows) {
+      const int64_t count = min(kCutRows, rows - i);
+      const Range seen = scores.window.keys_of(first + i, count);
+      const int64_t j = max(seen.begin, key), depth = min(seen.end, end) - j;
+      if (depth <= 0) continue;
+      multiply<Before::kAdded>(count, layout.key_panels(), depth,
+                               Left<T>{block.scores + i * kTileRow + j - key, kTileRow, 1},
+                               Right<T>{operands.key_rows + j * layout.key_row, G::kColumns, layout.key_row},
+                               s.dq + i * layout.key_row, layout.key_row);
+    }
+  }
+
+  // Adds up the shares of the keys [key, key + kPackBlock) of a head, in their order, and writes dK and dV.
+  void finish(int64_t head, int64_t key, int64_t first_sum) const {
+    const int64_t b = head / p.kv_heads, n = head % p.kv_heads, end = min(p.keys, key + kPackBlock);
+    const Extent extent(p, b);
+    const Sums total(*this, first_sum);
+    const auto write = [&](const Heads& out, T* rows, int64_t row, int64_t width, const auto& rows_of) {
+      for (int64_t j = key; j < min(end, extent.keys); ++j) {
+        for (int64_t share = 1; share < shares; ++share) {
+          const T* part = rows_of(Sums(*this, first_sum + share)) + j * row;
+          for (int64_t c = 0; c < width; c += kLanes<T>)
+            store(rows + j * row + c, load(rows + j * row + c) + load(part + c));
+        }
+        write_row(row_of<S>(out, b, n, extent.k_start + j), rows + j * row, width, T(1));
+      }
+      if (!p.k_starts) zero_rows<S>(out, b, n, max(key, extent.keys), end, width);
+    };
+    if (p.dk.data) write(p.dk, total.dk, layout.key_row, p.head_dim, [](const Sums& sums) { return sums.dk; });
+    if (p.dv.data) write(p.dv, total.dv, layout.value_row, p.value_dim, [](const Sums& sums) { return sums.dv; });
+  }
+};
+
+}  // namespace fastseq::FASTSEQ_ISA

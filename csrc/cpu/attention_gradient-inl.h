@@ -1,0 +1,169 @@
+// Gradients of scores, tile by tile: what the two passes of attention backward share.
+#pragma once
+
+#include "attention_scores-inl.h"
+
+namespace fastseq::FASTSEQ_ISA {
+
+// Keys of a tile of probabilities: with kQueryBlock rows, P and dS are 75 KB each.
+constexpr int64_t kKeyBlock = 192;
+
+// How rows are laid out as operands. A vector more than the panels need keeps equal columns of the rows of a block out
+// of the same sets of the cache.
+template <class T>
+struct GradientLayout {
+  using G = Tile<T>;
+  static constexpr int64_t kTileRow = G::ceil(kKeyBlock) + kLanes<T>;
+
+  int64_t head_dim, value_dim, key_row, value_row;  // row strides of rows of D and of E
+
+  explicit GradientLayout(const AttentionParams& p)
+      : head_dim(p.head_dim),
+        value_dim(p.value_dim),
+        key_row(G::ceil(p.head_dim) + kLanes<T>),
+        value_row(G::ceil(p.value_dim) + kLanes<T>) {}
+
+  int64_t key_panels() const { return G::ceil(head_dim) / G::kColumns; }
+  int64_t value_panels() const { return G::ceil(value_dim) / G::kColumns; }
+};
+
+// A block of query rows of one head with all that backward needs of it, and its tiles. Scratch of one thread.
+template <class S>
+struct QueryBlock {
+  using T = Compute<S>;
+  using G = Tile<T>;
+  using L = GradientLayout<T>;
+
+  const AttentionParams& p;
+  const L& layout;
+  const S *q_rows, *dout_rows;  // as they are stored
+  T *q, *dout;                  // (kQueryBlock, key_row), scaled; (kQueryBlock, value_row)
+  T *lse, *delta;               // (kQueryBlock); lse is +inf where there is no key, which makes P zero
+  T *weights, *scores;          // (kQueryBlock, kTileRow): P after dropout and dS
+  T* derivative;                // (kTileRow): of the softcap
+  uint32_t* words;
+
+  static int64_t elements(const L& layout) {
+    using A = Arena<T>;
+    return A::size(kQueryBlock * layout.key_row) + A::size(kQueryBlock * layout.value_row) + 2 * A::size(kQueryBlock) +
+           2 * A::size(kQueryBlock * L::kTileRow) + A::size(L::kTileRow) + A::size(Scores<S>::draw_size(L::kTileRow));
+  }
+
+  QueryBlock(const AttentionParams& params, const L& layout, Arena<T>& arena) : p(params), layout(layout) {
+    q = arena.take(kQueryBlock * layout.key_row);
+    dout = arena.take(kQueryBlock * layout.value_row);
+    lse = arena.take(kQueryBlock);
+    delta = arena.take(kQueryBlock);
+    weights = arena.take(kQueryBlock * L::kTileRow);
+    scores = arena.take(kQueryBlock * L::kTileRow);
+    derivative = arena.take(L::kTileRow);
+    words = (uint32_t*)arena.take(Scores<S>::draw_size(L::kTileRow));
+  }
+
+  // Reads the rows [first, first + rows) of head n.
+  void load_rows(const Extent& extent, int64_t b, int64_t n, int64_t first, int64_t rows) {
+    const int64_t start = extent.q_start + first;
+    q_rows = row_of<const S>(p.q, b, n, start);
+    dout_rows = row_of<const S>(p.dout, b, n, start);
+    copy_rows(q_rows, p.q.row_stride, rows, p.head_dim, T(p.scale), q, layout.key_row);
+    copy_rows(dout_rows, p.dout.row_stride, rows, p.value_dim, T(1), dout, layout.value_row);
+    load_delta(row_of<const S>(p.out, b, n, start), rows);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (p.dlse) delta[i] -= *element_of<const T>(p.dlse, p.dlse_strides, b, n, start + i);
+      lse[i] = *element_of<const T>(p.lse, p.lse_strides, b, n, start + i);
+      if (lse[i] == -T(__builtin_inff())) lse[i] = T(__builtin_inff());
+    }
+  }
+
+  // P and dS of the loaded rows and the keys [key, key + columns), both multiples of kColumns, whose K and V are given
+  // as panels of rows, and as they are stored, where the panels are not needed if few_queries. dS is the gradient of
+  // the products, or before the softcap's derivative if `of_scores`. Keys that a query may not see get 0.
+  void differentiate(const Scores<S>& of, int64_t first, int64_t rows, int64_t key, int64_t columns, const T* keys,
+                     const T* values, const S* k_rows, const S* v_rows, bool of_scores) const {
+    const EvenSplit split(rows, G::kRows);
+    for (int64_t t = 0; t < split.parts; ++t) {
+      const int64_t row = split.begin(t), count = split.count(t);
+      const Range seen = of.window.keys_of(first + row, count);
+      const int64_t begin = G::floor(Window::clamp(seen.begin - key, 0, columns));
+      const int64_t seen_end = Window::clamp(seen.end - key, begin, columns), end = G::ceil(seen_end);
+      T *weight = weights + row * L::kTileRow + begin, *score = scores + row * L::kTileRow + begin;
+      if (few_queries(p)) {
+        multiply_rows(q_rows, p.q.row_stride, row, count, p.head_dim, k_rows + begin * p.k.row_stride, p.k.row_stride,
+                      seen_end - begin, T(p.scale), weight);
+        multiply_rows(dout_rows, p.dout.row_stride, row, count, p.value_dim, v_rows + begin * p.v.row_stride,
+                      p.v.row_stride, seen_end - begin, T(1), score);
+        for (int64_t m = 0; m < count; ++m) fill(score + m * L::kTileRow + seen_end - begin, end - seen_end, T(0));
+      } else {
+        const int64_t panels = (end - begin) / G::kColumns;
+        multiply<Before::kIgnored>(count, panels, p.head_dim, Left<T>{q + row * layout.key_row, layout.key_row, 1},
+                                   Right<T>{keys + begin * p.head_dim, p.head_dim * G::kColumns, G::kColumns}, weight,
+                                   L::kTileRow);
+        multiply<Before::kIgnored>(
+            count, panels, p.value_dim, Left<T>{dout + row * layout.value_row, layout.value_row, 1},
+            Right<T>{values + begin * p.value_dim, p.value_dim * G::kColumns, G::kColumns}, score, L::kTileRow);
+      }
+      for (int64_t i = row; i < row + count; ++i) {
+        differentiate_row(of, first, i, key, begin, end, of_scores);
+        fill(weights + i * L::kTileRow, begin, T(0));
+        fill(weights + i * L::kTileRow + end, columns - end, T(0));
+        fill(scores + i * L::kTileRow, begin, T(0));
+        fill(scores + i * L::kTileRow + end, columns - end, T(0));
+      }
+    }
+  }
+
+ private:
+  // delta_i = <dout_i, out_i>, each sum in the order of dO V^T: where a query sees one key alone, dS is then exactly 0.
+  void load_delta(const S* out_rows, int64_t rows) const {
+    constexpr int lanes = kLanes<T>;
+    if (few_queries(p)) {
+      for (int64_t i = 0; i < rows; ++i)
+        multiply_rows(dout_rows, p.dout.row_stride, i, 1, p.value_dim, out_rows + i * p.out.row_stride,
+                      p.out.row_stride, 1, T(1), delta + i);
+      return;
+    }
+    for (int64_t i = 0; i < rows; i += lanes) {
+      Vec<T> sum(T(0));
+      for (int64_t c = 0; c < p.value_dim; c += lanes) {
+        Vec<T> gradient[lanes], value[lanes];
+        load_transposed(dout_rows + i * p.dout.row_stride + c, p.dout.row_stride, rows - i, p.value_dim - c, gradient);
+        load_transposed(out_rows + i * p.out.row_stride + c, p.out.row_stride, rows - i, p.value_dim - c, value);
+        for (int64_t k = 0; k < min(lanes, p.value_dim - c); ++k) sum = fma(gradient[k], value[k], sum);
+      }
+      store_first(delta + i, sum, rows - i);
+    }
+  }
+
+  // Products of stored rows [row, row + count), count <= kRows, in rows of a tile.
+  static void multiply_rows(const S* rows, int64_t stride, int64_t row, int64_t count, int64_t depth, const S* b,
+                            int64_t b_stride, int64_t columns, T scale, T* out) {
+    const S* a[G::kRows];
+    for (int64_t m = 0; m < count; ++m) a[m] = rows + (row + m) * stride;
+    multiply_stored(a, count, depth, b, b_stride, columns, scale, out, L::kTileRow);
+  }
+
+  // Row i: products become P after dropout, gradients of P become those of the products.
+  void differentiate_row(const Scores<S>& of, int64_t first, int64_t i, int64_t key, int64_t begin, int64_t end,
+                         bool of_scores) const {
+    using V = Vec<T>;
+    T *weight = weights + i * L::kTileRow, *score = scores + i * L::kTileRow;
+    of.apply(first + i, key + begin, end - begin, weight + begin, derivative + begin);
+    if (of.drops()) of.draw(first + i, key + begin, end - begin, words + begin);
+    const V shift(lse[i]), mean(delta[i]);
+    const bool capped = of.has_softcap && !of_scores;
+    for (int64_t c = begin; c < end; c += kLanes<T>) {
+      const V probability = exp_vanishing(load(weight + c) - shift);
+      V kept = probability, gradient = load(score + c);
+      if (of.drops()) {
+        kept = of.drop(probability, words + c);
+        gradient = of.drop(gradient, words + c);
+      }
+      gradient = probability * (gradient - mean);
+      if (capped) gradient = gradient * load(derivative + c);
+      store(weight + c, kept);
+      store(score + c, gradient);
+    }
+  }
+};
+
+}  // namespace fastseq::FASTSEQ_ISA

@@ -1,0 +1,99 @@
+// Where the rows of an attention call lie, and how its memory is divided.
+#pragma once
+
+#include "../kernels.h"
+#include "../math/mask.h"
+#include "simd_math.h"
+#include "threads.h"
+#include "tile_product-inl.h"
+
+namespace fastseq::FASTSEQ_ISA {
+
+// Query rows of a block: the unit of work. Keys of packed panels are shared by all blocks of a head.
+constexpr int64_t kQueryBlock = 96;
+
+// With few query rows for a head of keys, products are dots of rows as they are stored: packing the keys would not pay.
+// Backward does as forward did: P = exp(S - lse) is only as exact as S is the same.
+constexpr int64_t kFewRows = 16;
+inline bool few_queries(const AttentionParams& p) { return p.heads / p.kv_heads * p.queries <= kFewRows; }
+
+// out[r * out_row + j] = scale <a[r], b + j * stride> for `count` rows of b.
+template <class S>
+void multiply_stored(const S* const* a, int64_t rows, int64_t depth, const S* b, int64_t stride, int64_t count,
+                     Compute<S> scale, Compute<S>* out, int64_t out_row) {
+  using V = Vec<Compute<S>>;
+  dot_rows<S>(a, rows, depth, b, stride, nullptr, count, out, out_row);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < count; j += V::kLanes) store(out + r * out_row + j, load(out + r * out_row + j) * V(scale));
+}
+
+// One batch row: its number of queries and keys, and the rows of its tensors where they start.
+struct Extent {
+  int64_t queries, keys, q_start, k_start;
+
+  Extent(const AttentionParams& p, int64_t b)
+      : queries(p.q_lengths ? p.q_lengths[b] : p.queries),
+        keys(p.k_lengths ? p.k_lengths[b] : p.keys),
+        q_start(p.q_starts ? p.q_starts[b] : 0),
+        k_start(p.k_starts ? p.k_starts[b] : 0) {}
+
+  Window window(const AttentionParams& p) const {
+    return Window(p.left, p.right, p.lower_right ? keys - queries : 0, queries, keys);
+  }
+};
+
+template <class S>
+FASTSEQ_INLINE S* row_of(const Heads& heads, int64_t b, int64_t n, int64_t row) {
+  return (S*)heads.data + b * heads.batch_stride + n * heads.head_stride + row * heads.row_stride;
+}
+
+// Element (b, n, row) of lse and its gradient.
+template <class T, class P>
+FASTSEQ_INLINE T* element_of(P* data, const int64_t* strides, int64_t b, int64_t n, int64_t row) {
+  return (T*)data + b * strides[0] + n * strides[1] + row * strides[2];
+}
+
+// Rows of storage from rows of results, each times a factor.
+template <class S>
+FASTSEQ_INLINE void write_row(S* out, const Compute<S>* row, int64_t width, Compute<S> factor) {
+  using V = Vec<Compute<S>>;
+  for (int64_t c = 0; c < width; c += V::kLanes) store_first(out + c, load(row + c) * V(factor), width - c);
+}
+
+template <class S>
+FASTSEQ_INLINE void zero_rows(const Heads& heads, int64_t b, int64_t n, int64_t begin, int64_t end, int64_t width) {
+  for (int64_t i = begin; i < end; ++i) std::memset((void*)row_of<S>(heads, b, n, i), 0, width * sizeof(S));
+}
+
+template <class T>
+FASTSEQ_INLINE void fill(T* out, int64_t count, T value) {
+  for (int64_t i = 0; i < count; ++i) out[i] = value;
+}
+
+// Items of work for whoever is free.
+struct Queue {
+  int64_t next = 0;
+  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+};
+
+// Consecutive arrays of elements; each starts a cache line.
+template <class T>
+struct Arena {
+  T* next;
+
+  static constexpr int64_t size(int64_t count) { return ceil_div(count * int64_t(sizeof(T)), 64) * 64 / sizeof(T); }
+  T* take(int64_t count) {
+    T* array = next;
+    next += size(count);
+    return array;
+  }
+};
+
+// Below about a million flops a thread, waking it costs more than it saves.
+inline int attention_threads(const AttentionParams& p) {
+  constexpr double kFlopsPerThread = 1e6;
+  const double flops = 2.0 * p.batch * p.heads * p.queries * p.keys * (p.head_dim + p.value_dim);
+  return int(max(1, min(p.threads, flops < 1e15 ? int64_t(flops / kFlopsPerThread) : p.threads)));
+}
+
+}  // namespace fastseq::FASTSEQ_ISA

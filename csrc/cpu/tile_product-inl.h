@@ -1,0 +1,103 @@
+// C = A B for operands that lie in a cache: row tiles x panels of columns, each a run of the micro-kernel.
+#pragma once
+
+#include "micro_kernel-inl.h"
+
+namespace fastseq::FASTSEQ_ISA {
+
+// A tile of registers: kRows rows x kColumns columns. Two vectors of 16 registers, or four of 32, leave room for 6
+// rows.
+template <class T>
+struct Tile {
+  static constexpr int kVectors = kRegisters / 8, kRows = rows_for(kVectors), kColumns = kVectors * kLanes<T>;
+  static constexpr int64_t floor(int64_t n) { return n / kColumns * kColumns; }
+  static constexpr int64_t ceil(int64_t n) { return ceil_div(n, kColumns) * kColumns; }
+};
+
+// A: element (m, k) is data[m * row + k * step].
+template <class T>
+struct Left {
+  const T* data;
+  int64_t row, step;
+};
+
+// B: columns p * kColumns ... of row k are data[p * panel + k * step ...].
+template <class T>
+struct Right {
+  const T* data;
+  int64_t panel, step;
+};
+
+// What becomes of the values that C has: they are ignored, added to, or multiplied by a factor of the row and added to.
+enum class Before { kIgnored, kAdded, kScaled };
+
+template <Before kBefore, class T>
+void multiply(int64_t rows, int64_t panels, int64_t depth, Left<T> a, Right<T> b, T* c, int64_t c_row,
+              const T* factors = nullptr) {
+  constexpr int NV = Tile<T>::kVectors, kRows = Tile<T>::kRows;
+  const EvenSplit split(rows, kRows);
+  for (int64_t panel = 0; panel < panels; ++panel)
+    for (int64_t part = 0; part < split.parts; ++part)
+      with_constant<kRows>(split.count(part), [&](auto mr) {
+        constexpr int MR = decltype(mr)::value;
+        const int64_t first = split.begin(part);
+        const T* row[MR];
+        Vec<T> acc[MR][NV];
+        FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) {
+          row[m] = a.data + (first + m) * a.row;
+          FASTSEQ_UNROLL for (int j = 0; j < NV; ++j) acc[m][j] = Vec<T>(0);
+        }
+        accumulate<MR, 1, NV>(depth, row, a.step, b.data + panel * b.panel, 0, b.step, acc);
+        FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) FASTSEQ_UNROLL for (int j = 0; j < NV; ++j) {
+          T* out = c + (first + m) * c_row + panel * Tile<T>::kColumns + j * kLanes<T>;
+          if constexpr (kBefore == Before::kAdded) acc[m][j] = load(out) + acc[m][j];
+          if constexpr (kBefore == Before::kScaled) acc[m][j] = fma(load(out), Vec<T>(factors[first + m]), acc[m][j]);
+          store(out, acc[m][j]);
+        }
+      });
+}
+
+// ---- operands from rows of storage
+
+// Rows times `scale`, with zeros up to the next multiple of kColumns columns.
+template <class S>
+void copy_rows(const S* rows, int64_t stride, int64_t count, int64_t width, Compute<S> scale, Compute<S>* out,
+               int64_t out_row) {
+  using T = Compute<S>;
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t c = 0; c < Tile<T>::ceil(width); c += kLanes<T>)
+      store(out + i * out_row + c,
+            c < width ? load_first(rows + i * stride + c, width - c) * Vec<T>(scale) : Vec<T>(T(0)));
+}
+
+// Panels of columns: out[c / kColumns * panel + i * kColumns + c % kColumns], zero beyond the width.
+template <class S>
+void pack_columns(const S* rows, int64_t stride, int64_t count, int64_t width, Compute<S>* out, int64_t panel) {
+  using T = Compute<S>;
+  constexpr int64_t kColumns = Tile<T>::kColumns;
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t first = 0; first < width; first += kColumns)
+      FASTSEQ_UNROLL for (int j = 0; j < Tile<T>::kVectors; ++j) {
+        const int64_t c = first + j * kLanes<T>;
+        store(out + first / kColumns * panel + i * kColumns + j * kLanes<T>,
+              c < width ? load_first(rows + i * stride + c, width - c) : Vec<T>(T(0)));
+      }
+}
+
+// Panels of rows: out[i / kColumns * (width * kColumns) + c * kColumns + i % kColumns], zero beyond the last row.
+template <class S>
+void pack_rows(const S* rows, int64_t stride, int64_t count, int64_t width, Compute<S>* out) {
+  using T = Compute<S>;
+  constexpr int64_t kColumns = Tile<T>::kColumns;
+  constexpr int lanes = kLanes<T>;
+  for (int64_t i = 0; i < Tile<T>::ceil(count); i += lanes) {
+    T* column = out + i / kColumns * (width * kColumns) + i % kColumns;
+    for (int64_t c = 0; c < width; c += lanes) {
+      Vec<T> block[lanes];
+      load_transposed(rows + i * stride + c, stride, count - i, width - c, block);
+      FASTSEQ_UNROLL for (int j = 0; j < lanes; ++j) if (j < width - c) store(column + (c + j) * kColumns, block[j]);
+    }
+  }
+}
+
+}  // namespace fastseq::FASTSEQ_ISA

@@ -1,0 +1,331 @@
+# Attention: tensors in, one kernel call, tensors out.
+
+# A call: the params, and what its tensors are checked against beside them.
+cdef struct AttentionProblem:
+    AttentionParams params
+    int dtype
+    int compute_dtype
+    int64_t q_rows, k_rows  # of a head: L and S, or the total of a packed batch
+    bint q_packed, k_packed
+    bint q_gaps, k_gaps  # rows of a packed batch that belong to no sequence; zero in results
+
+
+def attention_forward(
+    q, k, v, double scale, bias, allowed, double softcap, left, right, bint lower_right, q_lengths, k_lengths, q_starts,
+    k_starts, max_q, max_k, alibi_slopes, double dropout_p, uint64_t seed, bint return_lse, out, int threads
+):
+    """(out, lse) of a whole batch; lse is None unless `return_lse`."""
+    cdef AttentionProblem problem
+    cdef AttentionParams* p = &problem.params
+    cdef Status status
+    lse = None
+    read_attention(
+        &problem, q, k, v, scale, bias, allowed, softcap, left, right, lower_right, q_lengths, k_lengths, q_starts,
+        k_starts, max_q, max_k, alibi_slopes, dropout_p, seed, threads
+    )
+    if out is None:
+        out = empty_heads(&p.out, &problem, q, p.value_dim, problem.q_packed, problem.q_gaps)
+    else:
+        read_heads(&p.out, out, "out", &problem, p.heads, problem.q_rows, p.value_dim, problem.q_packed, True)
+    if return_lse:
+        lse = empty(&p.lse, problem.compute_dtype, rows_shape(&problem))
+        set_row_strides(p.lse_strides, &problem)
+        if problem.q_gaps:
+            with nogil:
+                memset(p.lse, 0, p.heads * problem.q_rows * ITEM_SIZE[problem.compute_dtype])
+    with nogil:
+        status = active.attention[problem.dtype].forward(p[0])
+    check_status(status)
+    return out, lse
+
+
+def attention_backward(
+    q, k, v, out, lse, dout, dlse, needs, bias_shape, double scale, bias, allowed, double softcap, left, right,
+    bint lower_right, q_lengths, k_lengths, q_starts, k_starts, max_q, max_k, alibi_slopes, double dropout_p,
+    uint64_t seed, int threads
+):
+    """(dq, dk, dv, dbias); dbias in the dtype of lse."""
+    cdef AttentionProblem problem
+    cdef AttentionParams* p = &problem.params
+    cdef Status status
+    dq = dk = dv = dbias = None
+    needs_q, needs_k, needs_v, needs_bias = needs
+    read_attention(
+        &problem, q, k, v, scale, bias, allowed, softcap, left, right, lower_right, q_lengths, k_lengths, q_starts,
+        k_starts, max_q, max_k, alibi_slopes, dropout_p, seed, threads
+    )
+    read_heads(&p.out, out, "out", &problem, p.heads, problem.q_rows, p.value_dim, problem.q_packed, False)
+    read_heads(&p.dout, dout, "dout", &problem, p.heads, problem.q_rows, p.value_dim, problem.q_packed, False)
+    p.lse = read_rows(p.lse_strides, required(lse, "lse"), "lse", &problem)
+    p.dlse = read_rows(p.dlse_strides, dlse, "dlse", &problem)
+    if needs_q:
+        dq = empty_heads(&p.dq, &problem, q, p.head_dim, problem.q_packed, problem.q_gaps)
+    if needs_k:
+        dk = empty_heads(&p.dk, &problem, k, p.head_dim, problem.k_packed, problem.k_gaps)
+    if needs_v:
+        dv = empty_heads(&p.dv, &problem, v, p.value_dim, problem.k_packed, problem.k_gaps)
+    if needs_bias and bias is not None:
+        dbias = zeros_of_bias(&problem, bias_shape)
+    with nogil:
+        status = active.attention[problem.dtype].backward(p[0])
+    check_status(status)
+    return dq, dk, dv, dbias
+
+
+cdef int read_attention(
+    AttentionProblem* problem, q, k, v, double scale, bias, allowed, double softcap, left, right, bint lower_right,
+    q_lengths, k_lengths, q_starts, k_starts, max_q, max_k, alibi_slopes, double dropout_p, uint64_t seed, int threads
+) except -1:
+    cdef AttentionParams* p = &problem.params
+    cdef View query, key, value
+    memset(problem, 0, sizeof(AttentionProblem))
+    read(q, "q", &query)
+    check_float(&query, "q", 4)
+    read(k, "k", &key)
+    check_float(&key, "k", 4)
+    read(v, "v", &value)
+    check_float(&value, "v", 4)
+    problem.dtype = query.dtype
+    problem.compute_dtype = kFloat64 if query.dtype == kFloat64 else kFloat32
+    problem.q_packed, problem.k_packed = q_starts is not None, k_starts is not None
+    problem.q_rows, problem.k_rows = query.shape[2], key.shape[2]
+    p.heads, p.kv_heads, p.head_dim, p.value_dim = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
+    if p.heads % p.kv_heads:
+        raise ValueError(f"q must have a multiple of the {p.kv_heads} heads of k, got {p.heads}")
+    p.batch = batch_of(&query, "q", q_lengths, problem.q_packed)
+    if batch_of(&key, "k", k_lengths, problem.k_packed) != p.batch:
+        raise ValueError(f"q and k must have the same batch size, got shapes {shape_of(&query)} and {shape_of(&key)}")
+    p.queries = longest(max_q, "max_q", problem.q_rows, problem.q_packed)
+    p.keys = longest(max_k, "max_k", problem.k_rows, problem.k_packed)
+    # Also refuses what no kernel could index.
+    if <double>p.batch * (p.heads + p.kv_heads) * (<double>p.queries + p.keys) * (
+        p.head_dim + p.value_dim + 1024.0
+    ) > 2.0**55:
+        raise RuntimeError(f"{p.batch} rows of {p.heads} heads are too many for one call")
+    read_heads(&p.q, q, "q", problem, p.heads, problem.q_rows, p.head_dim, problem.q_packed, False)
+    read_heads(&p.k, k, "k", problem, p.kv_heads, problem.k_rows, p.head_dim, problem.k_packed, False)
+    read_heads(&p.v, v, "v", problem, p.kv_heads, problem.k_rows, p.value_dim, problem.k_packed, False)
+    p.q_lengths = read_lengths(q_lengths, "q_lengths", p.batch, p.queries)
+    p.k_lengths = read_lengths(k_lengths, "k_lengths", p.batch, p.keys)
+    p.q_starts = read_starts(q_starts, "q_starts", p.q_lengths, p.batch, problem.q_rows, &problem.q_gaps)
+    p.k_starts = read_starts(k_starts, "k_starts", p.k_lengths, p.batch, problem.k_rows, &problem.k_gaps)
+    p.bias = read_mask(p.bias_strides, bias, "bias", problem, problem.dtype)
+    p.allowed = <const uint8_t*>read_mask(p.allowed_strides, allowed, "allowed", problem, BOOL)
+    read_slopes(p, alibi_slopes)
+    p.left = side(left, "left")
+    p.right = side(right, "right")
+    p.lower_right = lower_right
+    p.scale = scale
+    if not 0 <= softcap < float("inf"):
+        raise ValueError(f"softcap must be 0, for none, or positive, got {softcap}")
+    p.softcap = softcap
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    p.dropout_p, p.seed = dropout_p, seed
+    p.threads = threads if threads > 1 else 1
+    return 0
+
+
+cdef int64_t batch_of(const View* view, str name, lengths, bint packed) except -1:
+    cdef View sizes
+    if not packed:
+        return view.shape[0]
+    if view.shape[0] != 1:
+        raise ValueError(f"{name} must have shape (1, heads, total, dim) in a packed batch, got {shape_of(view)}")
+    if lengths is None:
+        raise ValueError(f"{name}_starts needs {name}_lengths")
+    read(lengths, f"{name}_lengths", &sizes)
+    if sizes.dims != 1 or sizes.shape[0] < 1:
+        raise ValueError(f"{name}_lengths must have shape (B,), got {shape_of(&sizes)}")
+    return sizes.shape[0]
+
+
+# The largest number of rows that a sequence may have.
+cdef int64_t longest(given, str name, int64_t rows, bint packed) except -1:
+    cdef int64_t most
+    if not packed:
+        if given is not None and given != rows:
+            raise ValueError(f"{name} must be {rows}, got {given}")
+        return rows
+    if given is None:
+        raise TypeError(f"a packed batch needs {name}")
+    most = given
+    if most < 0 or most > rows:
+        raise ValueError(f"{name} must be in [0, {rows}], got {most}")
+    return most
+
+
+cdef int64_t side(given, str name) except? -1:
+    return INT64_MAX if given is None else given
+
+
+cdef const int64_t* read_lengths(lengths, str name, int64_t batch, int64_t most) except? NULL:
+    cdef View view
+    cdef const int64_t* data
+    cdef int64_t b
+    if lengths is None:
+        return NULL
+    read(lengths, name, &view)
+    check(&view, name, INT64, batch, -1, -1)
+    check_contiguous(&view, name)
+    data = <const int64_t*>view.data
+    for b in range(batch):
+        if data[b] < 0 or data[b] > most:
+            raise ValueError(f"{name} must be in [0, {most}], got {data[b]} at {b}")
+    return data
+
+
+# Sequences follow each other: no row belongs to two of them.
+cdef const int64_t* read_starts(
+    starts, str name, const int64_t* lengths, int64_t batch, int64_t rows, bint* gaps
+) except? NULL:
+    cdef View view
+    cdef const int64_t* data
+    cdef int64_t b
+    cdef int64_t end = 0
+    cdef int64_t covered = 0
+    if starts is None:
+        return NULL
+    read(starts, name, &view)
+    check(&view, name, INT64, batch, -1, -1)
+    check_contiguous(&view, name)
+    data = <const int64_t*>view.data
+    for b in range(batch):
+        if data[b] < end or data[b] > rows - lengths[b]:
+            raise ValueError(
+                f"{name} must name rows after each other within {rows}, got {data[b]} with length {lengths[b]} at {b}"
+            )
+        end = data[b] + lengths[b]
+        covered += lengths[b]
+    gaps[0] = covered < rows
+    return data
+
+
+cdef int check_heads(
+    const View* view, str name, const AttentionProblem* problem, int64_t heads, int64_t rows, int64_t columns,
+    bint packed
+) except -1:
+    cdef int64_t batch = 1 if packed else problem.params.batch
+    if view.dtype != problem.dtype:
+        raise TypeError(f"{name} must have dtype {DTYPES[problem.dtype]}, got {dtype_name(view)}")
+    if (
+        view.dims != 4
+        or view.shape[0] != batch
+        or view.shape[1] != heads
+        or view.shape[2] != rows
+        or view.shape[3] != columns
+    ):
+        raise ValueError(f"{name} must have shape {(batch, heads, rows, columns)}, got {shape_of(view)}")
+    return check_unit_stride(view, name)
+
+
+cdef int read_heads(
+    Heads* out, tensor, str name, const AttentionProblem* problem, int64_t heads, int64_t rows, int64_t columns,
+    bint packed, bint written
+) except -1:
+    cdef View view
+    read(required(tensor, name), name, &view)
+    check_heads(&view, name, problem, heads, rows, columns, packed)
+    if written:
+        check_distinct(&view, name)
+    set_heads(out, &view, packed)
+    return 0
+
+
+cdef void set_heads(Heads* out, const View* view, bint packed) noexcept:
+    out.data = view.data
+    out.batch_stride = 0 if packed else view.stride[0]
+    out.head_stride = view.stride[1]
+    out.row_stride = view.stride[2]
+
+
+# A tensor like `like` but for its last dimension, its axes in the same order of strides.
+cdef object empty_heads(Heads* out, const AttentionProblem* problem, like, int64_t columns, bint packed, bint zeros):
+    cdef View view
+    cdef void* data = NULL
+    read(like, "output", &view)
+    axes = sorted(range(3), key=lambda axis: -view.stride[axis])
+    tensor = empty(&data, problem.dtype, tuple([view.shape[axis] for axis in axes]) + (columns,))
+    if zeros:
+        memset(data, 0, view.shape[0] * view.shape[1] * view.shape[2] * columns * ITEM_SIZE[problem.dtype])
+    if axes != [0, 1, 2]:
+        tensor = tensor.permute(axes.index(0), axes.index(1), axes.index(2), 3)
+    read(tensor, "output", &view)
+    set_heads(out, &view, packed)
+    return tensor
+
+
+cdef tuple rows_shape(const AttentionProblem* problem):
+    return (1 if problem.q_packed else problem.params.batch, problem.params.heads, problem.q_rows)
+
+
+cdef void set_row_strides(int64_t* strides, const AttentionProblem* problem) noexcept:
+    strides[0] = 0 if problem.q_packed else problem.params.heads * problem.q_rows
+    strides[1] = problem.q_rows
+    strides[2] = 1
+
+
+cdef void* read_rows(int64_t* strides, tensor, str name, const AttentionProblem* problem) except? NULL:
+    cdef View view
+    if tensor is None:
+        return NULL
+    read(tensor, name, &view)
+    shape = rows_shape(problem)
+    check(&view, name, problem.compute_dtype, shape[0], shape[1], shape[2])
+    strides[0] = 0 if problem.q_packed else view.stride[0]
+    strides[1], strides[2] = view.stride[1], view.stride[2]
+    return view.data
+
+
+cdef const void* read_mask(
+    int64_t* strides, tensor, str name, const AttentionProblem* problem, int dtype
+) except? NULL:
+    cdef const AttentionParams* p = &problem.params
+    cdef View view
+    cdef int axis
+    if tensor is None:
+        return NULL
+    read(tensor, name, &view)
+    if view.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {DTYPES[dtype]}, got {dtype_name(&view)}")
+    if (
+        view.dims != 4
+        or view.shape[0] != p.batch
+        or view.shape[1] != p.heads
+        or view.shape[2] != p.queries
+        or view.shape[3] != p.keys
+    ):
+        raise ValueError(
+            f"{name} must have shape {(p.batch, p.heads, p.queries, p.keys)}, got {shape_of(&view)}"
+        )
+    for axis in range(4):
+        strides[axis] = view.stride[axis]
+    return view.data
+
+
+cdef int read_slopes(AttentionParams* p, tensor) except -1:
+    cdef View view
+    if tensor is None:
+        return 0
+    read(tensor, "alibi_slopes", &view)
+    check(&view, "alibi_slopes", kFloat32, p.batch, p.heads, -1)
+    p.alibi_slopes = <const float*>view.data
+    p.alibi_batch_stride, p.alibi_head_stride = view.stride[0], view.stride[1]
+    return 0
+
+
+# The gradient of the bias, in the shape that it had before it was expanded.
+cdef object zeros_of_bias(AttentionProblem* problem, shape):
+    cdef AttentionParams* p = &problem.params
+    cdef int64_t count = 1
+    cdef int axis
+    cdef int64_t[4] full = [p.batch, p.heads, p.queries, p.keys]
+    shape = tuple(shape)
+    if len(shape) != 4 or any([shape[axis] != 1 and shape[axis] != full[axis] for axis in range(4)]):
+        raise ValueError(f"bias_shape must have 4 sizes, each 1 or that of {tuple(full)}, got {shape}")
+    for axis in range(3, -1, -1):
+        p.dbias_strides[axis] = 0 if shape[axis] != full[axis] else count
+        count *= shape[axis]
+    tensor = empty(&p.dbias, problem.compute_dtype, shape)
+    memset(p.dbias, 0, count * ITEM_SIZE[problem.compute_dtype])
+    return tensor

@@ -1,0 +1,194 @@
+"""The binding of the attention kernels: layouts, packed batches, what is allocated and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_formula import DTYPES, NAMES, make, ours
+
+native = pytest.importorskip("fastseq.backends.native", reason="the extension is not built")
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# ---- layouts
+
+
+@each_dtype
+@pytest.mark.parametrize("L", [2, 65])
+def test_strides(L, dtype):
+    """(B, L, N, D) storage, slices of a wider tensor, expanded heads: the same bits, and q's order of axes."""
+    inputs, options = make(2, 3, 3, L, 70, 20, 12, dtype, right=0)
+    expected = ours(inputs, options)
+    transposed = tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs)
+    wide = tuple(torch.nn.functional.pad(t, (0, 3, 1, 2), value=torch.nan)[:, :, 1:-2, :-3] for t in inputs[:4])
+    for other in (transposed, (*wide, inputs[4])):
+        results = ours(other, options)
+        for name in expected:
+            assert torch.equal(results[name], expected[name]), name
+    assert ours(transposed, options)["dq"].transpose(1, 2).is_contiguous()
+    one = tuple(t[:, :1].expand_as(t) for t in inputs)
+    results = ours(one, options)
+    for name, result in ours(tuple(t.contiguous() for t in one), options).items():
+        assert torch.equal(results[name], result), name
+
+
+def test_output_into_a_view():
+    (q, k, v, _, _), options = make(2, 3, 3, 65, 65, 16, 16, torch.float32)
+    out = torch.full((2, 65, 3, 20), torch.nan)
+    view = out[..., :16].transpose(1, 2)
+    assert native.attention_forward(q, k, v, out=view, **options)[0] is view
+    assert torch.equal(view, native.attention_forward(q, k, v, **options)[0])
+    assert out[..., 16:].isnan().all()
+
+
+@each_dtype
+@pytest.mark.parametrize("most", [3, 129])
+def test_packed_batch(most, dtype):
+    """Sequences after each other give the bits of a padded batch, with the same draws of dropout."""
+    q_lengths, k_lengths = torch.tensor([most, 0, 2, most - 1]), torch.tensor([5, 129, 0, 64])
+    inputs, options = make(
+        4, 4, 2, most, 129, 16, 24, dtype, q_lengths=q_lengths, k_lengths=k_lengths, right=0, lower_right=True,
+        dropout_p=0.1, seed=7,
+    )  # fmt: skip
+    expected = ours(inputs, options)
+
+    def pack(t, lengths):
+        return torch.cat([row[:, :length] for row, length in zip(t, lengths, strict=True)], dim=1)[None]
+
+    q, k, v, dout, dlse = inputs
+    packed = pack(q, q_lengths), pack(k, k_lengths), pack(v, k_lengths), pack(dout, q_lengths), pack(dlse, q_lengths)
+    starts = {"q_starts": q_lengths.cumsum(0) - q_lengths, "k_starts": k_lengths.cumsum(0) - k_lengths}
+    results = ours(packed, options | starts | {"max_q": most, "max_k": 129})
+    for name, result in results.items():
+        assert torch.equal(result, pack(expected[name], k_lengths if name in ("dk", "dv") else q_lengths)), name
+
+
+def test_rows_of_no_sequence_are_zero():
+    inputs, options = make(1, 2, 2, 10, 10, 16, 16, torch.float32)
+    lengths, starts = torch.tensor([3, 2]), torch.tensor([1, 6])
+    keywords = {"q_lengths": lengths, "k_lengths": lengths, "q_starts": starts, "k_starts": starts}
+    results = ours(inputs, options | keywords | {"max_q": 4, "max_k": 4})
+    for result in results.values():
+        assert (result[:, :, [0, 4, 5, 8, 9]] == 0).all()
+        assert (result[:, :, [1, 2, 3, 6, 7]] != 0).all()
+
+
+# ---- what comes back
+
+
+def test_only_the_gradients_that_are_needed():
+    inputs, options = make(1, 2, 2, 65, 65, 16, 16, torch.float32, bias_shape=(1, 1, 65, 65))
+    expected = ours(inputs, options, (1, 1, 65, 65))
+    q, k, v, dout, dlse = inputs
+    for index in range(4):
+        gradients = native.attention_backward(
+            q, k, v, expected["out"], expected["lse"], dout, dlse=dlse, needs=[i == index for i in range(4)],
+            bias_shape=(1, 1, 65, 65), **options,
+        )  # fmt: skip
+        assert [g is not None for g in gradients] == [i == index for i in range(4)]
+        assert torch.equal(gradients[index], expected[NAMES[index]])
+
+
+@pytest.mark.parametrize("L", [2, 65])
+def test_every_element_is_written(L):
+    def poisoned(shape, dtype):
+        return torch.full(shape, torch.nan, dtype=getattr(torch, dtype))
+
+    lengths = torch.tensor([L, 0, 1])
+    native.attach(exchange=False, empty=poisoned)
+    try:
+        inputs, options = make(3, 2, 1, L, 65, 20, 12, torch.float32, q_lengths=lengths, k_lengths=lengths)
+        results = ours(inputs, options)
+    finally:
+        native.attach()
+    assert (results.pop("lse")[1] == -torch.inf).all()
+    assert all(result.isfinite().all() for result in results.values())
+
+
+# ---- what is refused
+
+B, N, L, S, D = 2, 4, 5, 7, 8
+LENGTHS = torch.tensor([3, 5])
+PACKED = {"q": torch.zeros(1, N, 8, D), "q_lengths": LENGTHS, "q_starts": torch.tensor([0, 3]), "max_q": 5}
+BAD_ARGUMENTS = {
+    "q none": ({"q": None}, TypeError, "q must"),
+    "q dtype": ({"q": torch.zeros(B, N, L, D, dtype=torch.float16)}, TypeError, "q must"),
+    "q dimensions": ({"q": torch.zeros(N, L, D)}, ValueError, "q must"),
+    "q 5 dimensions": ({"q": torch.zeros(1, B, N, L, D)}, ValueError, "q must"),
+    "q stride": ({"q": torch.zeros(B, N, D, L).mT}, ValueError, "q must"),
+    "q empty": ({"q": torch.zeros(B, N, 0, D)}, ValueError, "q must"),
+    "k dtype": ({"k": torch.zeros(B, N, S, D).double()}, TypeError, "k must"),
+    "k width": ({"k": torch.zeros(B, N, S, D + 1)}, ValueError, "k must"),
+    "k batch": ({"k": torch.zeros(B + 1, N, S, D)}, ValueError, "batch"),
+    "k heads": ({"k": torch.zeros(B, 3, S, D), "v": torch.zeros(B, 3, S, D)}, ValueError, "heads of k"),
+    "v rows": ({"v": torch.zeros(B, N, S - 1, D)}, ValueError, "v must"),
+    "v stride": ({"v": torch.zeros(B, N, D, S).mT}, ValueError, "v must"),
+    "bias dtype": ({"bias": torch.zeros(B, N, L, S).double()}, TypeError, "bias"),
+    "bias shape": ({"bias": torch.zeros(1, N, L, S)}, ValueError, "bias"),
+    "allowed dtype": ({"allowed": torch.zeros(B, N, L, S)}, TypeError, "allowed"),
+    "allowed shape": ({"allowed": torch.zeros(B, N, L, 1, dtype=torch.bool)}, ValueError, "allowed"),
+    "slopes dtype": ({"alibi_slopes": torch.zeros(B, N).double()}, TypeError, "alibi_slopes"),
+    "slopes shape": ({"alibi_slopes": torch.zeros(N)}, ValueError, "alibi_slopes"),
+    "lengths dtype": ({"q_lengths": LENGTHS.int()}, TypeError, "q_lengths"),
+    "lengths shape": ({"q_lengths": LENGTHS[:1]}, ValueError, "q_lengths"),
+    "lengths stride": ({"k_lengths": LENGTHS[:1].expand(2)}, ValueError, "k_lengths"),
+    "lengths above L": ({"q_lengths": LENGTHS + 1}, ValueError, "q_lengths"),
+    "lengths below 0": ({"k_lengths": LENGTHS - 4}, ValueError, "k_lengths"),
+    "softcap": ({"softcap": -1.0}, ValueError, "softcap"),
+    "softcap nan": ({"softcap": float("nan")}, ValueError, "softcap"),
+    "dropout of 1": ({"dropout_p": 1.0}, ValueError, "dropout_p"),
+    "dropout nan": ({"dropout_p": float("nan")}, ValueError, "dropout_p"),
+    "max_q": ({"max_q": L - 1}, ValueError, "max_q"),
+    "out shape": ({"out": torch.zeros(B, N, L, D + 1)}, ValueError, "out"),
+    "out expanded": ({"out": torch.zeros(B, 1, L, D).expand(B, N, L, D)}, ValueError, "overlap"),
+    "packed without lengths": (PACKED | {"q_lengths": None}, ValueError, "q_lengths"),
+    "packed without max_q": (PACKED | {"max_q": None}, TypeError, "max_q"),
+    "packed max_q": (PACKED | {"max_q": 9}, ValueError, "max_q"),
+    "packed lengths": (PACKED | {"max_q": 4}, ValueError, "q_lengths"),
+    "packed batch": (PACKED | {"q": torch.zeros(2, N, 8, D)}, ValueError, "q must"),
+    "packed beyond": (PACKED | {"q_starts": torch.tensor([0, 4])}, ValueError, "q_starts"),
+    "packed below": (PACKED | {"q_starts": torch.tensor([-1, 3])}, ValueError, "q_starts"),
+    "packed overlap": (PACKED | {"q_starts": torch.tensor([0, 2])}, ValueError, "q_starts"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_arguments(name):
+    changes, error, message = BAD_ARGUMENTS[name]
+    good = {"q": torch.zeros(B, N, L, D), "k": torch.zeros(B, N, S, D), "v": torch.zeros(B, N, S, D), "scale": 1.0}
+    with pytest.raises(error, match=message):
+        native.attention_forward(**good | changes)
+
+
+BAD_GRADIENTS = {
+    "out shape": ({"out": torch.zeros(B, N, L, D + 1)}, ValueError, "out"),
+    "lse none": ({"lse": None}, TypeError, "lse"),
+    "lse shape": ({"lse": torch.zeros(B, N, L - 1)}, ValueError, "lse"),
+    "lse dtype": ({"lse": torch.zeros(B, N, L).double()}, TypeError, "lse"),
+    "dout stride": ({"dout": torch.zeros(()).expand(B, N, L, D)}, ValueError, "dout"),
+    "dlse shape": ({"dlse": torch.zeros(B, N, L, 1)}, ValueError, "dlse"),
+    "bias_shape": ({"bias_shape": (B, N, 2, S)}, ValueError, "bias_shape"),
+    "bias_shape length": ({"bias_shape": (L, S)}, ValueError, "bias_shape"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_GRADIENTS)
+def test_bad_gradients(name):
+    changes, error, message = BAD_GRADIENTS[name]
+    rows = torch.zeros(B, N, L, D)
+    good = {"q": rows, "k": torch.zeros(B, N, S, D), "v": torch.zeros(B, N, S, D), "out": rows, "dout": rows}
+    good |= {"lse": torch.zeros(B, N, L), "bias": torch.zeros(B, N, L, S), "needs": [True] * 4, "scale": 1.0}
+    with pytest.raises(error, match=message):
+        native.attention_backward(**good | changes)
+
+
+def test_huge_sizes_are_refused():
+    huge = torch.zeros(1, 1, 1, 1).expand(1 << 20, 1 << 20, 1 << 20, 1)
+    with pytest.raises(RuntimeError, match="too many"):
+        native.attention_forward(huge, huge, huge, scale=1.0)
