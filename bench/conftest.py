@@ -20,6 +20,7 @@ PEAK_SECONDS = 5e-3
 # measurement of the peak or the other contender left.
 SETTLED_SECONDS = 20e-3
 ROUNDS = range(3, 500)
+MEMORY_ELEMENTS = 1 << (10 if SMALL else 26)  # 256 MiB of float32
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -50,7 +51,8 @@ def race(benchmark, threads):
     """Times ours and its peers turn by turn in one process, with the FMA peak of a core in every round.
 
     Machines are shared: a ratio is the median of the ratios within the rounds, and a share of peak is of what a core
-    gave in the same round. Who begins alternates. pytest-benchmark records our times, all else is in extra_info.
+    gave in the same round; with bytes_read, those from memory, so is a share of bandwidth. Who begins alternates.
+    pytest-benchmark records our times, all else is in extra_info. Returns the median ratio of every peer.
     """
 
     def run(
@@ -59,6 +61,7 @@ def race(benchmark, threads):
         flops: float,
         dtype: torch.dtype,
         mode: str,
+        bytes_read: int = 0,
         **facts: object,
     ) -> Mapping[str, float]:
         with grad_mode(mode):
@@ -69,12 +72,15 @@ def race(benchmark, threads):
             number = 1 if SMALL else max(1, int(TURN_SECONDS / max(once.values())))
             settle = max(once.values()) < SETTLED_SECONDS
             wanted = int(SECONDS / (PEAK_SECONDS + (number + settle) * sum(once.values())))
+            memory = torch.ones(MEMORY_ELEMENTS) if bytes_read else None
             rounds = 1 if SMALL else min(max(wanted, ROUNDS.start), ROUNDS.stop)
 
-            peaks, times = [], {name: [] for name in calls}
+            peaks, bandwidths, times = [], [], {name: [] for name in calls}
             order = list(calls)
             for _ in range(rounds):
                 peaks.append(threads * native.fma_peak(dtype, PEAK_SECONDS))
+                if memory is not None:
+                    bandwidths.append(read_bandwidth(memory))
                 for name in order:
                     if settle:
                         calls[name]()
@@ -84,6 +90,9 @@ def race(benchmark, threads):
         ratios = {name: [other / own for other, own in zip(times[name], times["ours"], strict=True)] for name in peers}
         shares = [flops / (own * peak) for own, peak in zip(times["ours"], peaks, strict=True)]
 
+        if bandwidths:
+            rates = [bytes_read / (own * rate) for own, rate in zip(times["ours"], bandwidths, strict=True)]
+            facts |= {"read_bandwidth": statistics.median(bandwidths), "share_of_bandwidth": statistics.median(rates)}
         benchmark.extra_info.update(
             facts,
             mode=mode,
@@ -103,6 +112,11 @@ def race(benchmark, threads):
         return {name: statistics.median(ratios[name]) for name in peers}
 
     return run
+
+
+def read_bandwidth(memory: torch.Tensor) -> float:
+    """Bytes per second at which torch's threads read memory: the sum of an array far larger than any cache."""
+    return memory.nbytes / seconds(memory.sum)
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:
