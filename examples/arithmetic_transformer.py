@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> float:
     parser.add_argument("--features", type=int, default=64)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--layers", type=int, default=2, help="of the encoder and of the decoder")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate of Adam")
     parser.add_argument("--seed", type=int, default=0)

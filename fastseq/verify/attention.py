@@ -122,7 +122,7 @@ class Inputs:
     bias: Tensor | None
     lengths_q: Tensor  # (B,), all L where there are none
     lengths_k: Tensor
-    alibi_slopes: Tensor | None  # (B, N)
+    alibi_slopes: Tensor | None  # (B, N), up to 0.5 as in the paper
     scale: float
 
     @property
@@ -173,7 +173,7 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
         bias=bias,
         lengths_q=random_lengths(L, "q" in case.lengths),
         lengths_k=random_lengths(S, "k" in case.lengths),
-        alibi_slopes=torch.rand(B, N, generator=generator) if case.alibi else None,
+        alibi_slopes=0.5 * torch.rand(B, N, generator=generator) if case.alibi else None,
         scale=1 / math.sqrt(case.head_dim),
     )
 
