@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from shapes import CellShape, Shape
+from shapes import AttentionShape, CellShape, Shape
 
 ANY = range(1, 1 << 30)
 ONE = range(1, 2)
@@ -93,4 +93,68 @@ def floors(name: str, mode: str, shape: Shape | CellShape, dtype: str, threads: 
         found["share_floor"] = SHARE_OF_PEAK[column]
     if form == "packed" and dtype == "float32":
         found["packed_over_padded_ceiling"] = PACKED_OVER_PADDED[column]
+    return found
+
+
+class AttentionFloor(NamedTuple):
+    """A row of the table of attention; a case is named by its kind, a variant of full, decode or grouped decode."""
+
+    kinds: str
+    mode: str
+    S: range
+    one_thread: float
+    four_threads: float
+    dtype: str = "float32"
+
+
+TO_1024 = range(1, 1025)
+LONGER = range(1025, 1 << 30)
+ATTENTION_FLOORS = (
+    AttentionFloor("full", "forward", TO_1024, 2.1, 2.1),
+    AttentionFloor("causal", "forward", TO_1024, 2.7, 2.6),
+    AttentionFloor("full", "forward", LONGER, 2.2, 2.3),
+    AttentionFloor("causal", "forward", LONGER, 2.4, 2.4),
+    AttentionFloor("full", "forward", ANY, 3.5, 3.5, "bfloat16"),
+    AttentionFloor("causal", "forward", ANY, 4.0, 4.0, "bfloat16"),
+    AttentionFloor("full", "training", ANY, 1.8, 1.8),
+    AttentionFloor("causal", "training", ANY, 2.4, 2.4),
+    AttentionFloor("dropout", "training", ANY, 3.0, 3.0),
+    AttentionFloor("mask_gradient", "training", ANY, 2.0, 2.0),
+    AttentionFloor("decode", "forward", ANY, 1.8, 1.8),
+    AttentionFloor("grouped_decode", "forward", ANY, 2.5, 2.5),
+    AttentionFloor("decode grouped_decode", "forward", ANY, 8.0, 6.0, "bfloat16"),
+    AttentionFloor("MultiheadAttention", "forward", ANY, 2.2, 2.3),
+    AttentionFloor("MultiheadAttention", "training", ANY, 1.8, 1.8),
+)
+FMA_PEAK, BANDWIDTH = "share of the FMA peak", "share of the read bandwidth"
+# Of the FMA peak, full attention forward in float32: at S = 512, and above.
+ATTENTION_SHARES = ((range(512, 513), 0.65, 0.60), (range(1024, 1 << 30), 0.70, 0.65))
+# Of the rate at which memory is read, decoding in float32 where the cache of keys and values comes from there.
+BANDWIDTH_SHARE = (0.85, 0.90)
+# The fastest other library's time over ours, where memory is not the limit.
+FASTEST_PEER = 1.1
+# The time of full causal attention over that with a window, at S = 1024.
+CAUSAL_OVER_WINDOW = 4.0
+# What fits in the last cache of a small server, so that a larger cache of keys and values is read from memory.
+CACHE_BYTES = 16 << 20
+
+
+def ratio_floor(kind: str, mode: str, S: int, dtype: str, threads: int) -> dict[str, float]:
+    """`ratio_floor` of an attention case, if there is one."""
+    for row in ATTENTION_FLOORS:
+        if kind in row.kinds.split() and S in row.S and (mode, dtype) == (row.mode, row.dtype):
+            return {"ratio_floor": row.four_threads if threads > 1 else row.one_thread}
+    return {}
+
+
+def attention_share(shape: AttentionShape, kind: str, mode: str, dtype: str, threads: int) -> dict[str, float]:
+    """The floor of a share by the name of what is shared, if there is one."""
+    if (mode, dtype) != ("forward", "float32"):
+        return {}
+    column, found = threads > 1, {}
+    for sizes, *floors in ATTENTION_SHARES:
+        if kind == "full" and shape.S in sizes:
+            found[FMA_PEAK] = floors[column]
+    if kind == "decode" and shape.cache_elements * 4 > CACHE_BYTES:
+        found[BANDWIDTH] = BANDWIDTH_SHARE[column]
     return found

@@ -89,9 +89,13 @@ def converted(value: object, dtype: torch.dtype) -> object:
 def peers(name: str, sizes: tuple, arguments: tuple, mode: str, dtype: torch.dtype, **options) -> tuple[Job, Job]:
     """Ours and torch's, checked to agree. Raises AssertionError if they do not: no time is taken of a wrong result."""
     torch.manual_seed(0)
-    theirs = getattr(nn, name)(*sizes, **options).to(dtype)
-    ours = getattr(fastseq, name)(*sizes, **options).to(dtype)
+    theirs, ours = (getattr(source, name)(*sizes, **options).to(dtype) for source in (nn, fastseq))
     ours.load_state_dict(theirs.state_dict())
+    return checked(ours, theirs, arguments, mode, dtype)
+
+
+def checked(ours: nn.Module, theirs: nn.Module, arguments: tuple, mode: str, dtype: torch.dtype) -> tuple[Job, Job]:
+    """The jobs of two modules with the same weights. Raises AssertionError if they do not agree."""
     job = Job(ours, tuple(converted(value, dtype) for value in arguments), mode)
     # torch's own bfloat16 is the less exact of the two, so both dtypes are compared with torch in float32.
     exact = job.with_module(copy.deepcopy(theirs).float(), torch.float32)

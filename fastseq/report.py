@@ -10,7 +10,7 @@ import io
 import json
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,16 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 COMPUTE_BOUND = 0.75  # of the FMA peak
 CALL_BOUND = 10e-6  # seconds of arithmetic, at the peak
 BUSY = 1.1  # load average per processor: more than this run can cause itself
-MODULES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
+MODULES = (
+    "RNN",
+    "LSTM",
+    "GRU",
+    "RNNCell",
+    "LSTMCell",
+    "GRUCell",
+    "scaled_dot_product_attention",
+    "MultiheadAttention",
+)
 MODES = ("forward", "forward with grad", "training")
 
 
@@ -34,7 +43,8 @@ class RecordError(ValueError):
 class Row:
     """One case of the record. Times are medians in seconds, ratios are torch's time over ours.
 
-    weight_bytes: of the weights that every step reads, all steps together. load: the load average per processor.
+    weight_bytes: of the weights that every step reads, all steps together. load: the load average per processor. held:
+    what else the case is held to, by name: its value and the floor of that.
     """
 
     module: str
@@ -58,6 +68,9 @@ class Row:
     share_floor: float | None = None
     packed_over_padded: float | None = None
     packed_over_padded_ceiling: float | None = None
+    read_bandwidth: float | None = None
+    share_of_bandwidth: float | None = None
+    held: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def below_floor(self) -> bool:
@@ -73,7 +86,17 @@ class Row:
     @property
     def missed(self) -> bool:
         """Whether the case falls short of anything that it is held to by itself."""
-        return self.below_floor or self.above_ceiling
+        return self.below_floor or self.above_ceiling or bool(self.short_of)
+
+    @property
+    def short_of(self) -> dict[str, tuple[float, float]]:
+        """What of `held` is below its floor."""
+        return {name: (value, floor) for name, (value, floor) in self.held.items() if value < floor}
+
+    @property
+    def is_held(self) -> bool:
+        """Whether there is anything that the case has to reach."""
+        return bool(self.held) or self.ratio_floor is not None or self.packed_over_padded_ceiling is not None
 
     @property
     def doubt(self) -> str:
@@ -92,7 +115,9 @@ class Row:
         arithmetic = self.flops / self.fma_peak
         if arithmetic < CALL_BOUND:
             return f"the call is the limit: {arithmetic * 1e6:.2g} us of {self.median * 1e6:.3g} us are arithmetic"
-        if self.batch == 1:
+        if self.share_of_bandwidth is not None:
+            return f"keys and values are read at {self.share_of_bandwidth:.0%} of the memory's bandwidth"
+        if self.batch == 1 and self.weight_bytes:
             rate = self.weight_bytes / self.median / 1e9
             return f"every step reads its weights for one row: {rate:.3g} GB/s of them"
         return f"{1 - self.share_of_peak:.0%} of the time is not arithmetic at the peak"
@@ -113,6 +138,7 @@ class Row:
                 notes.append("within the noise: the upper quartile reaches the floor")
         if self.above_ceiling:
             notes.append(f"packed takes {self.packed_over_padded:.2f} of padded per token")
+        notes += [f"{name} is {value:.2f}" for name, (value, _) in self.short_of.items()]
         return "; ".join(notes)
 
 
@@ -223,8 +249,8 @@ def run(record: Path, output: Path) -> int:
     """Write the page about `record` to `output` and say how many cases reach what they are held to."""
     contents, rows = read(record)
     output.write_text(page(contents, rows), encoding="utf-8")
-    held = [row for row in rows if row.ratio_floor is not None]
+    held = [row for row in rows if row.is_held]
     doubtful = sum(bool(row.doubt) for row in held)
-    missed = sum(row.below_floor for row in held if not row.doubt)
-    print(f"{len(rows)} cases, {len(held)} with a floor: {missed} below it, {doubtful} in doubt; {output}")
+    missed = sum(row.missed for row in held if not row.doubt)
+    print(f"{len(rows)} cases, {len(held)} held to something: {missed} short of it, {doubtful} in doubt; {output}")
     return 0

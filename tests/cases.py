@@ -5,6 +5,7 @@ Arrays are NumPy's, in torch's layouts: T steps, B rows, I inputs, H units, G ga
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ __all__ = [
     "Tolerance",
     "Variant",
     "assert_close",
+    "central_differences",
     "error_rule",
     "random_inputs",
     "random_lengths",
@@ -108,6 +110,20 @@ def assert_close(result: dict[str, np.ndarray], expected: dict[str, np.ndarray],
     rtol, atol = TOLERANCES[tolerance]
     for name in expected:
         np.testing.assert_allclose(result[name], expected[name], rtol=rtol, atol=atol, err_msg=str(name))
+
+
+def central_differences(f: Callable[[], float], array: np.ndarray, step: float = 1e-5) -> np.ndarray:
+    """The gradient of f, which reads `array`, by it."""
+    gradient = np.zeros_like(array)
+    for index in np.ndindex(array.shape):
+        value = array[index]
+        array[index] = value + step
+        above = f()
+        array[index] = value - step
+        below = f()
+        array[index] = value
+        gradient[index] = (above - below) / (2 * step)
+    return gradient
 
 
 def random_inputs(cell: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarray]:

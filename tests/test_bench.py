@@ -62,7 +62,7 @@ def row(**changes):
 def test_benchmarks_run(record):
     benchmarks = json.loads(record.read_text())["benchmarks"]
     assert {bench["fullname"].split("::")[0] for bench in benchmarks} == {
-        f"bench/bench_{name}.py" for name in ("rnn", "lstm", "gru", "cells")
+        f"bench/bench_{name}.py" for name in ("rnn", "lstm", "gru", "cells", "attention")
     }
     facts = [bench["extra_info"] for bench in benchmarks]
     assert {fact["threads"] for fact in facts} == {1, torch.get_num_threads()}
@@ -71,6 +71,7 @@ def test_benchmarks_run(record):
         assert fact["ratio"] > 0
         assert fact["share_of_peak"] == pytest.approx(fact["flops"] / fact["median"] / fact["fma_peak"], rel=1e-6)
         assert ("packed_over_padded" in fact) == ("packed" in fact["shape"])
+        assert ("share_of_bandwidth" in fact) == ("-L1-" in fact["shape"])
     assert sum("share_floor" in fact for fact in facts) >= 2  # LSTM and GRU with B = 9
 
 
@@ -111,6 +112,9 @@ def test_page_marks_what_falls_short():
         ({"ratio": 1.0, "share_of_peak": 0.1, "flops": 1e5, "median": 1e-5}, "1 us of 10 us are arithmetic"),
         ({"packed_over_padded": 1.4, "packed_over_padded_ceiling": 1.15}, "packed takes 1.40 of padded per token"),
         ({"packed_over_padded": 1.1, "packed_over_padded_ceiling": 1.15}, ""),
+        ({"held": {"share of the read bandwidth": (0.7, 0.85)}}, "share of the read bandwidth is 0.70"),
+        ({"held": {"share of the read bandwidth": (0.9, 0.85)}}, ""),
+        ({"ratio": 1.0, "share_of_peak": 0.1, "share_of_bandwidth": 0.6}, "read at 60% of the memory's bandwidth"),
     ],
 )
 def test_note(changes, note):

@@ -6,7 +6,7 @@ from cases import CELLS
 
 import fastseq
 from fastseq import backends
-from fastseq.verify import Case, make_inputs
+from fastseq.verify.recurrent import Case, make_inputs
 
 native = backends.select()
 if native is None:

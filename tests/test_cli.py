@@ -2,16 +2,18 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import fastseq
-from fastseq import demo, info, verify
+from fastseq import demo, info
 from fastseq.char_lm import TextError, read_text
 from fastseq.cli import main
 from fastseq.ops import SERVICE
+from fastseq.verify import attention, command, judge, recurrent
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -86,28 +88,49 @@ def test_module_is_the_command():
     assert "Instruction sets" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("dtype", verify.DTYPES)
-@pytest.mark.parametrize("cell", verify.CELLS)
-def test_verify(native, cell, dtype, capsys):
-    assert main(["verify", "--cell", cell, "--dtype", dtype, "--isa", native.active_isa()]) == 0
+def verified(op, dtype, native, capsys):
+    """How many results of the active kernels `fastseq verify` has found sound."""
+    assert main(["verify", "--op", op, "--dtype", dtype, "--isa", native.active_isa()]) == 0
     printed = capsys.readouterr().out.splitlines()
-    (row,) = (line.split() for line in printed if line.startswith(cell))
+    (row,) = (line.split() for line in printed if line.startswith(op))
     assert row[1:3] == [native.active_isa(), dtype]
-    assert int(row[3]) == 3 * sum(1 for _ in verify.cases(dtype)) + 3 * sum(map(_is_step, verify.cases(dtype)))
     assert row[-1] == "ok"
+    return int(row[3])
+
+
+@pytest.mark.parametrize("dtype", command.DTYPES)
+@pytest.mark.parametrize("cell", recurrent.CELLS)
+def test_verify(native, cell, dtype, capsys):
+    cases = list(recurrent.cases(dtype))
+    assert verified(cell, dtype, native, capsys) == 3 * len(cases) + 3 * sum(map(_is_step, cases))
 
 
 def _is_step(case):
     return case.steps == 1 and not (case.lengths or case.packed or case.reset)
 
 
-def test_verify_runs_every_isa(native, monkeypatch, capsys):
-    few = [verify.Case(2, 3, 5, 7)]
-    monkeypatch.setattr(verify, "cases", lambda dtype: iter(few))
+@pytest.mark.parametrize("dtype", command.DTYPES)
+def test_verify_attention(native, dtype, capsys):
+    assert verified("attention", dtype, native, capsys) == 2 * len(list(attention.cases(dtype)))
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Verifies these cases of an op only."""
+
+    def only(op, *cases):
+        monkeypatch.setitem(command.FAMILIES, op, command.FAMILIES[op]._replace(cases=lambda dtype: iter(cases)))
+
+    return only
+
+
+def test_verify_runs_every_isa(native, few, monkeypatch, capsys):
+    few("gru", recurrent.Case(2, 3, 5, 7))
+    few("attention", attention.Case(2, 3, 1, 5, 7, 9, 9))
     entered = []
     use_isa = native.use_isa
     monkeypatch.setattr(native, "use_isa", lambda isa: (entered.append(isa), use_isa(isa))[1])
-    assert main(["verify", "--cell", "gru", "--cell", "lstm", "--dtype", "float32"]) == 0
+    assert main(["verify", "--op", "gru", "--op", "attention", "--dtype", "float32"]) == 0
     assert entered == [*native.isas(), *native.isas()]
     assert capsys.readouterr().out.count(" ok") == 2 * len(native.isas())
 
@@ -140,7 +163,19 @@ def _double_a_state(results):
         ("recurrent_step", _add_to_output),
     ],
 )
-def test_verify_fails(native, monkeypatch, function, damage, capsys):
+def test_verify_fails(native, few, monkeypatch, function, damage, capsys):
+    _damage(native, monkeypatch, function, damage)
+    case = recurrent.Case(4, 3, 5, 7)
+    few("gru", replace(case, steps=1), case, replace(case, reverse=True))
+    monkeypatch.setattr(command, "SHOWN_FAILURES", 99)
+    assert main(["verify", "--op", "gru", "--dtype", "float32", "--isa", "baseline"]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED gru baseline float32: " in printed
+    assert "T=1 B=3 I=5 H=7: error " in printed
+    assert ("T=4 B=3 I=5 H=7, reverse: error " in printed) == (function != "recurrent_step")
+
+
+def _damage(native, monkeypatch, function, damage):
     sound = getattr(native, function)
 
     def damaged(*arguments, **options):
@@ -149,31 +184,54 @@ def test_verify_fails(native, monkeypatch, function, damage, capsys):
         return results
 
     monkeypatch.setattr(native, function, damaged)
-    few = [verify.Case(1, 3, 5, 7), verify.Case(4, 3, 5, 7), verify.Case(4, 3, 5, 7, reverse=True)]
-    monkeypatch.setattr(verify, "cases", lambda dtype: iter(few))
-    monkeypatch.setattr(verify, "SHOWN_FAILURES", 99)
-    assert main(["verify", "--cell", "gru", "--dtype", "float32", "--isa", "baseline"]) == 1
-    printed = capsys.readouterr().out
-    assert "FAILED gru baseline float32: " in printed
-    assert "T=1 B=3 I=5 H=7: error " in printed
-    assert ("T=4 B=3 I=5 H=7, reverse: error " in printed) == (function != "recurrent_step")
 
 
-def test_verify_counts_the_failures_it_does_not_show(native, monkeypatch, capsys):
-    monkeypatch.setattr(verify, "judge", lambda *arguments: verify.Verdict(False, 2.0, 1.0, 1.0))
-    few = [verify.Case(2, 3, 5, 7), verify.Case(2, 3, 5, 7, reverse=True)]
-    monkeypatch.setattr(verify, "cases", lambda dtype: iter(few))
-    assert main(["verify", "--cell", "gru", "--dtype", "float32", "--isa", "baseline"]) == 1
+def _see_every_key(results):
+    if results[1] is not None:
+        results[1].add_(1e-3)  # lse
+
+
+def _lose_a_key_gradient(results):
+    results[1][..., -1, :] = 0
+
+
+def _double_the_mask_gradient(results):
+    results[3].mul_(2)
+
+
+@pytest.mark.parametrize(
+    ("function", "damage"),
+    [
+        ("attention_forward", _add_to_output),
+        ("attention_forward", _forget_an_output),
+        ("attention_forward", _see_every_key),
+        ("attention_backward", _add_to_output),
+        ("attention_backward", _lose_a_key_gradient),
+        ("attention_backward", _double_the_mask_gradient),
+    ],
+)
+def test_verify_attention_fails(native, few, monkeypatch, function, damage, capsys):
+    _damage(native, monkeypatch, function, damage)
+    few("attention", attention.Case(2, 3, 1, 5, 7, 9, 9, float_mask="NLS", lse=True))
+    assert main(["verify", "--op", "attention", "--dtype", "float32", "--isa", "baseline"]) == 1
+    failure = "training, B=2 N=3/1 L=5 S=7 D=9 E=9, float_mask=NLS, lse: error "
+    assert f"FAILED attention baseline float32: {failure}" in capsys.readouterr().out
+
+
+def test_verify_counts_the_failures_it_does_not_show(native, few, monkeypatch, capsys):
+    monkeypatch.setattr(command, "judge", lambda *arguments: command.Verdict(False, 2.0, 1.0, 1.0))
+    few("gru", recurrent.Case(2, 3, 5, 7), recurrent.Case(2, 3, 5, 7, reverse=True))
+    assert main(["verify", "--op", "gru", "--dtype", "float32", "--isa", "baseline"]) == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
-    assert len(lines) == verify.SHOWN_FAILURES + 1
-    assert lines[-1] == f"FAILED gru baseline float32: {6 - verify.SHOWN_FAILURES} more"
+    assert len(lines) == command.SHOWN_FAILURES + 1
+    assert lines[-1] == f"FAILED gru baseline float32: {6 - command.SHOWN_FAILURES} more"
 
 
 def test_verify_trusts_no_absurd_yardstick():
     reference = {"y": torch.ones(3).double().numpy()}
     absurd = {"y": torch.full((3,), 2.0).numpy()}
-    assert not verify.judge(reference, absurd, reference, "float32").ok
-    assert verify.judge(reference, reference, reference, "float32").ok
+    assert not judge(reference, absurd, reference, "float32").ok
+    assert judge(reference, reference, reference, "float32").ok
 
 
 def test_verify_without_the_isa(native, monkeypatch, capsys):
@@ -182,7 +240,7 @@ def test_verify_without_the_isa(native, monkeypatch, capsys):
 
 
 def test_verify_without_kernels(monkeypatch, capsys):
-    monkeypatch.setattr(verify, "load_kernels", lambda: (None, "No module named 'fastseq._native'"))
+    monkeypatch.setattr(command, "load_kernels", lambda: (None, "No module named 'fastseq._native'"))
     assert "not built: No module named 'fastseq._native'" in refused(["verify"], capsys)
 
 

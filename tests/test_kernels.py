@@ -6,7 +6,8 @@ import torch
 from cases import CELLS, LONG_SHAPES, SHAPES, Shape, error_rule
 
 from fastseq import backends
-from fastseq.verify import Case, judge, kernel_results, make_inputs, reference_results, torch_results
+from fastseq.verify import judge
+from fastseq.verify.recurrent import Case, kernel_results, make_inputs, reference_results, torch_results
 
 native = backends.select()
 if native is None:

@@ -17,12 +17,13 @@ CSRC = ROOT / "csrc"
 VENDORED = CSRC / "dlpack.h"
 
 # What each part of the package may import of fastseq beside itself. A single file of the package itself (cli.py,
-# fuse.py, ...) stands above them all and may import any of them but the extension.
+# fuse.py, ...) stands above them all and may import any of them but the extension; verify belongs to the command.
 MAY_IMPORT = {
     "nn": {"ops"},
     "ops": {"backends"},
     "backends": set(),
     "reference": set(),
+    "verify": {"reference", "info"},
 }
 TOP_FILES = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
 # The one file that may import the extension.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import itertools
+from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -16,6 +17,7 @@ from cases import (
     VARIANTS,
     Shape,
     assert_close,
+    central_differences,
     random_inputs,
     random_lengths,
     random_reset,
@@ -171,19 +173,6 @@ def test_equals_loop_of_torch_cells(cell, shape, variant):
 
 
 # Against finite differences
-
-
-def central_differences(f, array, step=1e-5):
-    gradient = np.zeros_like(array)
-    for index in np.ndindex(array.shape):
-        value = array[index]
-        array[index] = value + step
-        above = f()
-        array[index] = value - step
-        below = f()
-        array[index] = value
-        gradient[index] = (above - below) / (2 * step)
-    return gradient
 
 
 @each_cell
@@ -482,7 +471,7 @@ def test_absent_biases_states_and_gradients_are_zero(cell):
 # The documentation
 
 
-@pytest.mark.parametrize("name", ["schedule", "rnn", "lstm", "gru", "layers", "torch_layout", "error_rule"])
+@pytest.mark.parametrize("name", [path.stem for path in Path(reference.__file__).parent.glob("[!_]*.py")])
 def test_docstring_examples_run(name):
     result = doctest.testmod(importlib.import_module(f"fastseq.reference.{name}"))
     assert result.attempted > 0

@@ -5,6 +5,12 @@ functions return their result and a cache, backward functions take the gradient 
 here is fast, and nothing here shares code with what it checks. Any floating dtype works: float32, float64, longdouble.
 """
 
+from .attention import (
+    AttentionCache,
+    dropout_kept,
+    scaled_dot_product_attention_backward,
+    scaled_dot_product_attention_forward,
+)
 from .error_rule import EPS, Verdict, error_rule
 from .gru import gru_backward, gru_forward, gru_step_backward, gru_step_forward
 from .layers import (
@@ -20,16 +26,24 @@ from .layers import (
     word_embedding_forward,
 )
 from .lstm import lstm_backward, lstm_forward, lstm_step_backward, lstm_step_forward
+from .multi_head_attention import (
+    multi_head_attention_backward,
+    multi_head_attention_forward,
+    positional_encoding,
+)
+from .philox import philox4x32
 from .rnn import rnn_backward, rnn_forward, rnn_step_backward, rnn_step_forward
 from .schedule import Step, schedule
 from .torch_layout import recurrent_forward_backward
 
 __all__ = [
     "EPS",
+    "AttentionCache",
     "Step",
     "Verdict",
     "affine_backward",
     "affine_forward",
+    "dropout_kept",
     "error_rule",
     "gru_backward",
     "gru_forward",
@@ -41,11 +55,17 @@ __all__ = [
     "lstm_forward",
     "lstm_step_backward",
     "lstm_step_forward",
+    "multi_head_attention_backward",
+    "multi_head_attention_forward",
+    "philox4x32",
+    "positional_encoding",
     "recurrent_forward_backward",
     "rnn_backward",
     "rnn_forward",
     "rnn_step_backward",
     "rnn_step_forward",
+    "scaled_dot_product_attention_backward",
+    "scaled_dot_product_attention_forward",
     "schedule",
     "sigmoid",
     "temporal_affine_backward",

@@ -1,34 +1,23 @@
-"""Every kernel of this machine against the float64 reference: what `fastseq verify` runs.
+"""Recurrent kernels: the cases, and the results of the reference, of torch and of every kernel for one.
 
 One layer in one direction at a time, straight at the backend, so that nothing can fall back to torch unseen. Per case:
 forward of the inference kernels with packed weights and with the weights as they are, then forward and all gradients
-of the training kernels. The rule is that of `fastseq.reference.error_rule`: as exact as torch's own result up to a
-factor of two and the last bits. float64 kernels are held against the reference run in longdouble.
+of the training kernels.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from itertools import product
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastseq.info import load_kernels
-from fastseq.reference.error_rule import EPS, Verdict, error_rule
 from fastseq.reference.torch_layout import GATES, recurrent_forward_backward
+from fastseq.verify.tensors import Comparison, array, exact_dtype, poisoned_memory
 
 CELLS = tuple(GATES)
-SHOWN_FAILURES = 4  # per row of the table
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-
-
-class NothingToVerify(RuntimeError):
-    """This machine has no kernel of the kind that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +190,7 @@ def torch_results(cell: str, case: Case, inputs: Inputs) -> dict[str, np.ndarray
     for name, leaf in zip(names, leaves, strict=True):
         if leaf is not None:  # a state that no output depends on has no gradient: zero
             results[name] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-    return _without_padding({name: _array(result) for name, result in results.items()}, inputs)
+    return _without_padding({name: array(result) for name, result in results.items()}, inputs)
 
 
 def _torch_sequence(cell: str, case: Case, x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor | None]):
@@ -253,7 +242,7 @@ def kernel_results(
         return torch.full((*laid_out(inputs.x).shape[:-1], size), nan, dtype=inputs.x.dtype)
 
     def back(results: dict[str, Tensor | None]) -> dict[str, np.ndarray]:
-        results = {name: _array(a) for name, a in results.items() if a is not None}
+        results = {name: array(a) for name, a in results.items() if a is not None}
         return results if case.packed else _without_padding(results, inputs)
 
     h_0, c_0, dh_n, dc_n = (
@@ -268,7 +257,7 @@ def kernel_results(
         "float_state": case.float_state,
     }
     step_only = case.steps == 1 and inputs.lengths is None and not case.reset
-    with native.use_isa(isa), _poisoned_memory(native):
+    with native.use_isa(isa), poisoned_memory(native):
         forward = (cell, laid_out(inputs.x), h_0, c_0, inputs.weights)
         for kernel, panels, save in (
             ("inference, packed weights", native.pack(cell, inputs.weights), False),
@@ -316,22 +305,6 @@ def kernel_results(
                 yield f"step, {kernel}", back({"y": y[None], "h_n": h_n, "c_n": c_n})
 
 
-@contextmanager
-def _poisoned_memory(native) -> Iterator[None]:
-    """What the backend allocates itself, outputs and saved gates, holds NaN: in every dtype that is all bits set."""
-
-    def empty(shape: tuple[int, ...], dtype: str) -> Tensor:
-        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
-        tensor.view(torch.uint8).fill_(255)
-        return tensor
-
-    native.attach(empty=empty)
-    try:
-        yield
-    finally:
-        native.attach()
-
-
 SEQUENCES = ("y", "c_all", "dx")
 
 
@@ -348,112 +321,12 @@ def _without_padding(results: dict[str, np.ndarray], inputs: Inputs) -> dict[str
     return {name: _packed(a, inputs.active, inputs.order) if name in SEQUENCES else a for name, a in results.items()}
 
 
-def _array(a: Tensor) -> np.ndarray:
-    return (a.float() if a.dtype == torch.bfloat16 else a).detach().numpy()
-
-
-@dataclass
-class Row:
-    """The outcome for one cell, ISA and dtype."""
-
-    cell: str
-    isa: str
-    dtype: str
-    verdicts: list[Verdict] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-
-    @property
-    def closest(self) -> Verdict:
-        """The verdict that comes closest to its bound, or lies farthest beyond it."""
-
-        def closeness(verdict: Verdict) -> float:
-            if not verdict.worst_ours <= verdict.bound:  # NaN too
-                return math.inf
-            return verdict.worst_ours / verdict.bound if verdict.bound else 0.0
-
-        return max(self.verdicts, key=closeness)
-
-
-def judge(ours: Mapping, torch_: Mapping, reference: Mapping, dtype: str) -> Verdict:
-    """The error rule, for the tensors that `ours` has. An absurd result of torch's must not widen the bound: then the
-    comparison itself is broken, and that is a failure too.
-    """
-    torch_, reference = ({name: results[name] for name in ours} for results in (torch_, reference))
-    verdict = error_rule(ours, torch_, reference, dtype)
-    largest = max(np.max(np.abs(a)) for a in reference.values())
-    return verdict._replace(ok=verdict.ok and verdict.worst_torch <= math.sqrt(EPS[dtype]) * largest)
-
-
-def verify(
-    native,
-    cells: Sequence[str],
-    dtypes: Sequence[str],
-    isas: Sequence[str],
-    case_done: Callable[[], None] = lambda: None,
-) -> list[Row]:
-    """Run every case of every combination with the kernels of `native`, a module like `fastseq.backends.native`."""
-    rows = {key: Row(*key) for key in product(cells, isas, dtypes)}
-    for cell, dtype in product(cells, dtypes):
-        for seed, case in enumerate(cases(dtype)):
-            inputs = make_inputs(cell, case, DTYPES[dtype], seed)
-            reference = reference_results(cell, case, inputs, np.longdouble if dtype == "float64" else np.float64)
-            yardstick = torch_results(cell, case, inputs)
-            for isa in isas:
-                row = rows[cell, isa, dtype]
-                for kernel, results in kernel_results(native, cell, case, inputs, isa):
-                    verdict = judge(results, yardstick, reference, dtype)
-                    row.verdicts.append(verdict)
-                    if not verdict.ok:
-                        row.failures.append(
-                            f"{kernel}, {case}: error {verdict.worst_ours:.2e}, bound {verdict.bound:.2e}"
-                        )
-            case_done()
-    return list(rows.values())
-
-
-def run(
-    cells: Sequence[str] | None = None, dtypes: Sequence[str] | None = None, isas: Sequence[str] | None = None
-) -> int:
-    """`fastseq verify`: all that is available where None is given. Prints the table; 0 if every case passes, else 1."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Table
-
-    native, reason = load_kernels()
-    if native is None:
-        raise NothingToVerify(f"the kernels are not built: {reason}")
-    available = native.isas()
-    if missing := [isa for isa in isas or () if isa not in available]:
-        raise NothingToVerify(f"{', '.join(missing)}: not available here, only {', '.join(available)}")
-    cells, dtypes, isas = cells or CELLS, dtypes or tuple(DTYPES), isas or available
-
-    console = Console(highlight=False)
-    columns = TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(cells) * sum(1 for dtype in dtypes for _ in cases(dtype)))
-        rows = verify(native, cells, dtypes, isas, lambda: progress.advance(task))
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("cell", "ISA", "dtype"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("cases", "error", "torch's", "bound"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("verdict")
-    for row in rows:
-        _, ours, torch_, bound = row.closest
-        verdict = f"[red]{len(row.failures)} FAILED[/]" if row.failures else "[green]ok[/]"
-        errors = (f"{error:.1e}" for error in (ours, torch_, bound))
-        table.add_row(row.cell, row.isa, row.dtype, str(len(row.verdicts)), *errors, verdict)
-    console.print(table)
-    console.print(
-        "\nerror    max|kernel - reference| over outputs and gradients, in the case closest to its bound"
-        "\ntorch's  the same of torch's own result; the reference runs in float64, for float64 in longdouble"
-        "\nbound    2 max|torch - reference| + 4 eps max|reference|",
-        soft_wrap=True,
-    )
-    for row in rows:
-        for failure in row.failures[:SHOWN_FAILURES]:
-            console.print(f"[red]FAILED[/] {row.cell} {row.isa} {row.dtype}: {failure}", soft_wrap=True)
-        if unseen := len(row.failures[SHOWN_FAILURES:]):
-            console.print(f"[red]FAILED[/] {row.cell} {row.isa} {row.dtype}: {unseen} more", soft_wrap=True)
-    return 1 if any(row.failures for row in rows) else 0
+def compare(
+    cell: str, native, case: Case, dtype: torch.dtype, isas: Sequence[str], seed: int = 0
+) -> Iterator[Comparison]:
+    """What is to be compared: every kernel of every instruction set."""
+    inputs = make_inputs(cell, case, dtype, seed)
+    reference, torch_ = reference_results(cell, case, inputs, exact_dtype(dtype)), torch_results(cell, case, inputs)
+    for isa in isas:
+        for kernel, results in kernel_results(native, cell, case, inputs, isa):
+            yield Comparison(isa, kernel, results, torch_, reference)

@@ -1,0 +1,47 @@
+"""What the families of kernels share: memory full of NaN, tensors as arrays, and what is to be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Comparison(NamedTuple):
+    """The results of one kernel, and of torch and the reference for the same inputs, which may have more."""
+
+    isa: str
+    kernel: str
+    ours: Mapping[str, np.ndarray]
+    torch: Mapping[str, np.ndarray]
+    reference: Mapping[str, np.ndarray]
+
+
+def exact_dtype(dtype: torch.dtype) -> type:
+    """What the reference runs in for kernels of `dtype`."""
+    return np.longdouble if dtype == torch.float64 else np.float64
+
+
+@contextmanager
+def poisoned_memory(native) -> Iterator[None]:
+    """What the backend allocates itself, outputs and saved gates, holds NaN: in every dtype that is all bits set."""
+
+    def empty(shape: tuple[int, ...], dtype: str) -> Tensor:
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+        tensor.view(torch.uint8).fill_(255)
+        return tensor
+
+    native.attach(empty=empty)
+    try:
+        yield
+    finally:
+        native.attach()
+
+
+def array(a: Tensor) -> np.ndarray:
+    """The values of a tensor, exactly; of bfloat16 in float32."""
+    return (a.float() if a.dtype == torch.bfloat16 else a).detach().numpy()
