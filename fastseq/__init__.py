@@ -6,7 +6,7 @@ import torch  # noqa: F401  first: its OpenMP library must be the one that the k
 from fastseq import compat, ops
 from fastseq.fuse import freeze, fuse, fuse_report, unfreeze, unfuse
 from fastseq.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from fastseq.ops import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
+from fastseq.ops import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell, scaled_dot_product_attention
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ __all__ = [
     "ops",
     "rnn",
     "rnn_cell",
+    "scaled_dot_product_attention",
     "unfreeze",
     "unfuse",
 ]
