@@ -114,7 +114,11 @@ def index_put(whole, place, part):
 def defaults(options):
     return {
         **dict.fromkeys(("left", "right", "q_lengths", "k_lengths", "q_starts", "k_starts", "max_q", "max_k")),
-        **{"softcap": 0.0, "lower_right": False, "alibi_slopes": None, "dropout_p": 0.0, "seed": 0},
+        "softcap": 0.0,
+        "lower_right": False,
+        "alibi_slopes": None,
+        "dropout_p": 0.0,
+        "seed": 0,
         **options,
     }
 

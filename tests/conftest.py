@@ -1,8 +1,8 @@
 """Fixtures of every test."""
 
+import attention_stand_in
 import pytest
 
-import attention_stand_in
 from fastseq import backends
 
 if (_kernels := backends.select()) is not None and not hasattr(_kernels, "attention_forward"):

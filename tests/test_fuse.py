@@ -114,7 +114,7 @@ def test_report():
     assert "linear" not in rows
     assert "alias" not in rows
     text = repr(report)
-    assert text.startswith("fastseq.fuse: 7 of 9 recurrent layers swapped\n")
+    assert text.startswith("fastseq.fuse: 7 of 9 layers swapped\n")
     assert "lstm       torch.nn.LSTM -> fastseq.compat.LSTM" in text
     assert "a subclass of torch.nn.GRU" in text
     fastseq.fuse(model)
@@ -125,7 +125,7 @@ def test_report():
     assert fastseq.fuse_report(model).rows == ()
     model = fastseq.fuse(nn.Sequential(nn.LSTM(3, 4)))
     assert fastseq.fuse_report(copy.deepcopy(model)).rows == ()
-    assert repr(fastseq.fuse_report(nn.Linear(1, 1))) == "fastseq.fuse: 0 of 0 recurrent layers swapped"
+    assert repr(fastseq.fuse_report(nn.Linear(1, 1))) == "fastseq.fuse: 0 of 0 layers swapped"
 
 
 @pytest.mark.parametrize(("ours", "torchs"), SEQUENCES)
