@@ -50,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What fuse() found in a model, one row per recurrent layer, attention or Transformer layer. Its repr is a table."""
+    """What fuse() found in a model, one row per layer that has a counterpart here. Its repr is a table."""
 
     rows: tuple[Row, ...] = field(default_factory=tuple)
 

@@ -58,7 +58,7 @@ def _attention(
         q = torch.where(places.real_q, q, 0)
     if places.real_k is not None:
         k, v = torch.where(places.real_k, k, 0), torch.where(places.real_k, v, 0)
-    groups = q.shape[1] // k.shape[1]
+    groups = q.shape[1] // max(k.shape[1], 1)
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
 
@@ -146,7 +146,7 @@ def _places(call: Attention, q: Tensor, k: Tensor) -> _Places:
 
 def _dropout(call: Attention, p: Tensor, places: _Places, seed: Tensor | int) -> Tensor:
     if call.dropout_p == 1:
-        return torch.zeros_like(p)
+        return p * 0
     heads = p.shape[1]
     row = places.b * heads + torch.arange(heads, device=p.device)[:, None, None]
     draws = philox(seed, places.j // 4, places.i, row)
