@@ -133,7 +133,7 @@ def narrow(dtype):
 
 def attention_forward(q, k, v, *, bias=None, allowed=None, return_lse=False, out=None, **options):
     check(q, k, v, bias, allowed, (), ())
-    with torch.no_grad():
+    with torch.no_grad(), torch.device("cpu"):
         result, lse = run(*wide(q, k, v, bias), allowed, **defaults(options))
     if out is None:
         out = q.new_empty(result.shape)
@@ -150,7 +150,7 @@ def attention_backward(
     assert dout.stride(-1) == 1
     assert (bias is None) is (bias_shape is None)
     leaves = [None if t is None else t.requires_grad_() for t in wide(q, k, v, bias)]
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.device("cpu"):
         result, found = run(*leaves, allowed, **defaults(options))
         torch.testing.assert_close(result.detach(), out.double(), rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(found.detach(), lse.double(), rtol=1e-2, atol=1e-2)
