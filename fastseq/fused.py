@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ _blocks = 0  # entered and not yet left, in all threads
 _replaced: Any = None
 
 
-@wraps(torch_attention, assigned=("__name__", "__doc__"))
 def _attention(*args: Any, **kwargs: Any) -> Tensor:
     # The compiler first: it cannot see through a ContextVar, and torch's own op is what it knows.
     if torch.compiler.is_compiling() or not _inside.get():
