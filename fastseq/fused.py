@@ -22,13 +22,13 @@ __all__ = ["fused"]
 _inside: ContextVar[bool] = ContextVar("fused", default=False)
 _lock = threading.Lock()
 _blocks = 0  # entered and not yet left, in all threads
-_replaced: Any = None
+_outside: Any = torch_attention  # what the name stood for: torch's op, or what others have put there
 
 
 def _attention(*args: Any, **kwargs: Any) -> Tensor:
     # The compiler first: it cannot see through a ContextVar, and torch's own op is what it knows.
     if torch.compiler.is_compiling() or not _inside.get():
-        return torch_attention(*args, **kwargs)
+        return _outside(*args, **kwargs)
     return scaled_dot_product_attention(*args, **kwargs)
 
 
@@ -50,10 +50,10 @@ def fused() -> Iterator[None]:
         >>> out.shape
         torch.Size([2, 8, 5, 16])
     """
-    global _blocks, _replaced
+    global _blocks, _outside
     with _lock:
         if _blocks == 0:
-            _replaced = F.scaled_dot_product_attention
+            _outside = F.scaled_dot_product_attention
             F.scaled_dot_product_attention = _attention
         _blocks += 1
     token = _inside.set(True)
@@ -64,4 +64,4 @@ def fused() -> Iterator[None]:
         with _lock:
             _blocks -= 1
             if _blocks == 0:
-                F.scaled_dot_product_attention = _replaced
+                F.scaled_dot_product_attention = _outside

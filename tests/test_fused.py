@@ -96,6 +96,19 @@ def test_a_task_that_outlives_the_block(x):
     assert_close(context.run(Attention(), x), Attention()(x))
 
 
+def test_what_others_put_there_stays(monkeypatch, seen, x):
+    theirs = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: (theirs.append(a), TORCHS(*a, **k))[1])
+    kept = F.scaled_dot_product_attention
+    with fused():
+        inside = F.scaled_dot_product_attention
+        Attention()(x)
+        assert (len(seen), len(theirs)) == (1, 0)
+    assert F.scaled_dot_product_attention is kept
+    inside(x, x, x)  # a name taken inside the block is what it was outside
+    assert (len(seen), len(theirs)) == (1, 1)
+
+
 def test_modules_of_torch(seen):
     """nn.MultiheadAttention calls the function too."""
     attention, q = nn.MultiheadAttention(8, 2), torch.randn(5, 3, 8)

@@ -76,7 +76,9 @@ class Operands(NamedTuple):
 
 def fit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool) -> Operands | None:
     """The operands in four dimensions; None where the shapes do not fit together."""
-    if query.dim() == key.dim() == value.dim() == 4 and (mask is None or mask.dim() == 4):
+    if query.dim() == key.dim() == value.dim() == 4 and (mask is None or 2 <= mask.dim() <= 4):
+        if mask is not None and mask.dim() < 4:
+            mask = mask[(None,) * (4 - mask.dim())]
         batch, heads, queries, depth = query.shape
         key_batch, key_heads, keys, _ = key.shape
         if (
