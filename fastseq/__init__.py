@@ -1,12 +1,24 @@
-"""Fused recurrent kernels for PyTorch on the CPU: drop-in modules, functions and `fuse` for models that exist
-already."""
+"""Fused recurrent and attention kernels for PyTorch on the CPU: drop-in modules, functions and `fuse` for models that
+exist already."""
 
 import torch  # noqa: F401  first: its OpenMP library must be the one that the kernels find
 
 from fastseq import compat, ops, reference
 from fastseq.fuse import freeze, fuse, fuse_report, unfreeze, unfuse
-from fastseq.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from fastseq.ops import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
+from fastseq.fused import fused
+from fastseq.nn import (
+    GRU,
+    LSTM,
+    RNN,
+    GRUCell,
+    KVCache,
+    LSTMCell,
+    MultiheadAttention,
+    RNNCell,
+    TransformerDecoderLayer,
+    TransformerEncoderLayer,
+)
+from fastseq.ops import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell, scaled_dot_product_attention
 
 __version__ = "0.1.0"
 
@@ -15,12 +27,17 @@ __all__ = [
     "LSTM",
     "RNN",
     "GRUCell",
+    "KVCache",
     "LSTMCell",
+    "MultiheadAttention",
     "RNNCell",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
     "compat",
     "freeze",
     "fuse",
     "fuse_report",
+    "fused",
     "gru",
     "gru_cell",
     "lstm",
@@ -29,6 +46,7 @@ __all__ = [
     "reference",
     "rnn",
     "rnn_cell",
+    "scaled_dot_product_attention",
     "unfreeze",
     "unfuse",
 ]

@@ -18,19 +18,24 @@ __all__ = ["FuseReport", "Row", "freeze", "fuse", "fuse_report", "unfreeze", "un
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_CELLS = {
+# One class each: torch.compile accepts them, and they derive from torch's.
+_BOTH = {
     nn.RNNCell: fastseq_nn.RNNCell,
     nn.LSTMCell: fastseq_nn.LSTMCell,
     nn.GRUCell: fastseq_nn.GRUCell,
+    nn.MultiheadAttention: fastseq_nn.MultiheadAttention,
+    nn.TransformerEncoderLayer: fastseq_nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer: fastseq_nn.TransformerDecoderLayer,
 }
-_COMPAT = {nn.RNN: compat.RNN, nn.LSTM: compat.LSTM, nn.GRU: compat.GRU, **_CELLS}
-_COMPILABLE = {nn.RNN: fastseq_nn.RNN, nn.LSTM: fastseq_nn.LSTM, nn.GRU: fastseq_nn.GRU, **_CELLS}
+_COMPAT = {nn.RNN: compat.RNN, nn.LSTM: compat.LSTM, nn.GRU: compat.GRU, **_BOTH}
+_COMPILABLE = {nn.RNN: fastseq_nn.RNN, nn.LSTM: fastseq_nn.LSTM, nn.GRU: fastseq_nn.GRU, **_BOTH}
+_BASES = (nn.RNNBase, nn.RNNCellBase, *_BOTH)
 _TORCH = {ours: torchs for table in (_COMPAT, _COMPILABLE) for torchs, ours in table.items()}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One recurrent layer of a model: what became of it."""
+    """One layer of a model that has a counterpart here: what became of it."""
 
     name: str  # in the model, "" for the model itself
     before: str
@@ -45,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What fuse() found in a model, one row per recurrent layer. Its repr is a table."""
+    """What fuse() found in a model, one row per layer that has a counterpart here. Its repr is a table."""
 
     rows: tuple[Row, ...] = field(default_factory=tuple)
 
@@ -56,11 +61,11 @@ class FuseReport:
 
     @property
     def left(self) -> tuple[Row, ...]:
-        """The recurrent layers left alone."""
+        """The layers left alone."""
         return tuple(row for row in self.rows if not row.swapped)
 
     def __repr__(self) -> str:
-        head = f"fastseq.fuse: {len(self.swapped)} of {len(self.rows)} recurrent layers swapped"
+        head = f"fastseq.fuse: {len(self.swapped)} of {len(self.rows)} layers swapped"
         names = [row.name or "(the model)" for row in self.rows]
         width = max(map(len, names), default=0)
         lines = [head]
@@ -74,18 +79,20 @@ _reports: weakref.WeakKeyDictionary[nn.Module, FuseReport] = weakref.WeakKeyDict
 
 
 def fuse(model: Model, *, compilable: bool = False) -> Model:
-    """Swaps the classes of a model's recurrent layers for those with kernels, in place.
+    """Swaps the classes of a model's recurrent and attention layers for those with kernels, in place.
 
     The modules stay the same objects with the same parameters, so hooks, optimizers, aliases and the root module itself
-    survive. Swapped are nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell and nn.GRUCell, with
-    `torch.nn.utils.parametrize` too. Subclasses are left alone, and so are layers whose `forward` was replaced on the
-    instance: what they change is theirs. `fuse_report(model)` tells what was swapped, what not, and why.
+    survive. Swapped are nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell, nn.MultiheadAttention,
+    nn.TransformerEncoderLayer and nn.TransformerDecoderLayer, with `torch.nn.utils.parametrize` too. Subclasses are
+    left alone, and so are layers whose `forward` was replaced on the instance: what they change is theirs.
+    `fuse_report(model)` tells what was swapped, what not, and why. Models that call
+    `torch.nn.functional.scaled_dot_product_attention` themselves run inside `fastseq.fused()`.
 
     Before `torch.jit.script`, and before a whole model is pickled for a machine without fastseq, call `unfuse`. A
     state_dict needs no such care.
 
     Args:
-        model: any module; may itself be a recurrent layer.
+        model: any module; may itself be such a layer.
         compilable: False keeps `isinstance(m, nn.LSTM)` true (`fastseq.compat.LSTM`); torch.compile leaves such layers
             out of its graphs. True sets `fastseq.LSTM`, which derives from nn.RNNBase and compiles.
 
@@ -99,7 +106,7 @@ def fuse(model: Model, *, compilable: bool = False) -> Model:
         >>> import torch, fastseq
         >>> model = fastseq.fuse(torch.nn.Sequential(torch.nn.LSTM(3, 4)))
         >>> fastseq.fuse_report(model)
-        fastseq.fuse: 1 of 1 recurrent layers swapped
+        fastseq.fuse: 1 of 1 layers swapped
           0  torch.nn.LSTM -> fastseq.compat.LSTM
     """
     _check_model("fuse", model)
@@ -115,7 +122,7 @@ def fuse(model: Model, *, compilable: bool = False) -> Model:
                 _set_class(module, targets[source])
             after = _label(type(module))
             rows.append(Row(name, before, after, "" if before != after else "has the kernels already"))
-        elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        elif isinstance(module, _BASES):
             rows.append(Row(name, _label(type(module)), _label(type(module)), _why_left(module)))
     _reports[model] = FuseReport(tuple(rows))
     return model
@@ -243,7 +250,7 @@ def _why_left(module: nn.Module) -> str:
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     cls = _unparametrized(type(module))
-    known = (*_TORCH, *_COMPAT, nn.RNNBase, nn.RNNCellBase)
+    known = (*_TORCH, *_COMPAT, *_BASES)
     base = next(base for base in cls.__mro__ if base in known)
     if cls.forward is not base.forward:
         return f"a subclass of {_label(base)} with its own forward"

@@ -114,7 +114,7 @@ def test_report():
     assert "linear" not in rows
     assert "alias" not in rows
     text = repr(report)
-    assert text.startswith("fastseq.fuse: 7 of 9 recurrent layers swapped\n")
+    assert text.startswith("fastseq.fuse: 7 of 9 layers swapped\n")
     assert "lstm       torch.nn.LSTM -> fastseq.compat.LSTM" in text
     assert "a subclass of torch.nn.GRU" in text
     fastseq.fuse(model)
@@ -125,7 +125,7 @@ def test_report():
     assert fastseq.fuse_report(model).rows == ()
     model = fastseq.fuse(nn.Sequential(nn.LSTM(3, 4)))
     assert fastseq.fuse_report(copy.deepcopy(model)).rows == ()
-    assert repr(fastseq.fuse_report(nn.Linear(1, 1))) == "fastseq.fuse: 0 of 0 recurrent layers swapped"
+    assert repr(fastseq.fuse_report(nn.Linear(1, 1))) == "fastseq.fuse: 0 of 0 layers swapped"
 
 
 @pytest.mark.parametrize(("ours", "torchs"), SEQUENCES)
@@ -190,11 +190,82 @@ def test_a_forward_on_the_instance_is_left_alone():
     assert {row.reason for row in fastseq.fuse_report(model).left} == {"its forward was replaced on the instance"}
 
 
-def test_models_in_use():
-    """torch's own models with recurrent layers inside keep their type checks."""
-    from torch.nn import TransformerEncoderLayer
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, query, key, value, **options):
+        return super().forward(query * 2, key, value, **options)
 
-    model = fastseq.fuse(nn.Sequential(TransformerEncoderLayer(8, 2), nn.GRU(8, 8)))
+
+class OwnLayer(nn.TransformerEncoderLayer):
+    def forward(self, src, *args, **kwargs):
+        return super().forward(src, *args, **kwargs) + 1
+
+
+def make_transformer():
+    torch.manual_seed(0)
+    return nn.ModuleDict(
+        {
+            "whole": nn.Transformer(8, 2, 1, 1, 16, 0.0, batch_first=True),
+            "attention": nn.MultiheadAttention(8, 2),
+            "norm": nn.utils.parametrizations.weight_norm(nn.MultiheadAttention(8, 2), "in_proj_weight"),
+            "own": OwnAttention(8, 2),
+            "layer": OwnLayer(8, 2, 16, 0.0),
+            "gru": nn.GRU(8, 8),
+        }
+    ).double()
+
+
+def run_transformer(model, x, memory):
+    y = model["whole"](x, memory).transpose(0, 1)
+    for name in ("attention", "norm", "own"):
+        y, _ = model[name](y, y, y)
+    return model["gru"](model["layer"](y))[0]
+
+
+@pytest.mark.parametrize("compilable", [False, True])
+def test_attention_layers(compilable):
+    model = make_transformer()
+    x, memory = torch.randn(3, 5, 8, dtype=torch.float64), torch.randn(3, 7, 8, dtype=torch.float64)
+    wanted = run_transformer(model, x, memory)
+    with torch.no_grad():
+        in_evaluation = run_transformer(model.eval(), x, memory)
+    classes = {name: type(module) for name, module in model.named_modules()}
+    keys, text = list(model.state_dict()), repr(model)
+
+    fastseq.fuse(model.train(), compilable=compilable)
+    assert type(model["whole"].encoder.layers[0]) is fastseq.TransformerEncoderLayer
+    assert type(model["whole"].decoder.layers[0]) is fastseq.TransformerDecoderLayer
+    assert type(model["whole"].decoder.layers[0].multihead_attn) is fastseq.MultiheadAttention
+    assert type(model["attention"]) is fastseq.MultiheadAttention
+    assert isinstance(model["norm"], fastseq.MultiheadAttention)
+    assert type(model["layer"].self_attn) is fastseq.MultiheadAttention  # inside a layer that is left alone
+    assert (type(model["own"]), type(model["layer"])) == (OwnAttention, OwnLayer)
+    assert (list(model.state_dict()), repr(model)) == (keys, text)
+    assert_close(run_transformer(model, x, memory), wanted)
+    with torch.no_grad():
+        assert_close(run_transformer(model.eval(), x, memory), in_evaluation)
+
+    report = fastseq.fuse_report(model)
+    rows = {row.name: row for row in report.rows}
+    assert rows["attention"].after == "fastseq.MultiheadAttention"
+    assert rows["norm"].after == "parametrized fastseq.MultiheadAttention"
+    assert rows["whole.encoder.layers.0"].before == "torch.nn.TransformerEncoderLayer"
+    assert {row.name: row.reason for row in report.left} == {
+        "own": "a subclass of torch.nn.MultiheadAttention with its own forward",
+        "layer": "a subclass of torch.nn.TransformerEncoderLayer with its own forward",
+    }
+    fastseq.unfuse(model)
+    classes.pop("norm")
+    assert {name: type(module) for name, module in model.named_modules() if name != "norm"} == classes
+    nn.utils.parametrize.remove_parametrizations(model["norm"], "in_proj_weight")
+    assert type(model["norm"]) is nn.MultiheadAttention
+    assert_close(run_transformer(model.train(), x, memory), wanted)
+
+
+def test_type_checks_of_models_hold():
+    model = fastseq.fuse(nn.Sequential(nn.TransformerEncoderLayer(8, 2), nn.GRU(8, 8)))
+    assert isinstance(model[0], nn.TransformerEncoderLayer)
+    assert isinstance(model[0].self_attn, nn.MultiheadAttention)
     assert isinstance(model[1], nn.GRU)
     assert model[1].mode == "GRU"
-    assert fastseq.fuse_report(model).swapped[0].name == "1"
+    assert [row.name for row in fastseq.fuse_report(model).swapped] == ["0", "0.self_attn", "1"]
+    assert type(fastseq.unfuse(fastseq.TransformerDecoderLayer(8, 2)).self_attn) is nn.MultiheadAttention

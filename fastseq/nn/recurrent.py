@@ -13,10 +13,11 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from fastseq.nn.packed_weights import PackedWeights
 from fastseq.ops import checks, composite, support
+from fastseq.ops.autograd import needs_grad
 from fastseq.ops.cell import Cell, Direction, Layer
 from fastseq.ops.kernel_calls import contiguous, unit_stride
 from fastseq.ops.lengths import Rows, packed_rows, padded_rows
-from fastseq.ops.recurrent import needs_grad, run_layer, run_step
+from fastseq.ops.recurrent import run_layer, run_step
 from fastseq.ops.support import Route
 
 States = tuple[Tensor | None, Tensor | None]  # h and c; c is None but for LSTM

@@ -1,5 +1,8 @@
 """Differentiable functions: the functional API and the autograd Functions behind it."""
 
+from fastseq.ops.attention import scaled_dot_product_attention
+from fastseq.ops.attention_call import Attention
+from fastseq.ops.attention_function import AttentionFunction
 from fastseq.ops.cell import Cell, Layer
 from fastseq.ops.gru import GRU, gru, gru_cell
 from fastseq.ops.lstm import LSTM, lstm, lstm_cell
@@ -12,6 +15,8 @@ CELLS = {cell.name: cell for cell in (TANH, RELU, LSTM, GRU)}
 __all__ = [
     "CELLS",
     "SERVICE",
+    "Attention",
+    "AttentionFunction",
     "Cell",
     "Layer",
     "RecurrentFunction",
@@ -22,4 +27,5 @@ __all__ = [
     "lstm_cell",
     "rnn",
     "rnn_cell",
+    "scaled_dot_product_attention",
 ]

@@ -161,7 +161,9 @@ def _extend(sequence: Tensor, steps: int) -> Tensor:
 
 def unit_stride(tensor: Tensor | None) -> Tensor | None:
     """The tensor itself where its last axis is contiguous, as the kernels need it, else a copy."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+    if tensor is None or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)  # contiguous() keeps the strides of axes of size 1
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -44,19 +44,10 @@ def padded_rows(lengths: Tensor | Sequence[int] | int, steps: int, batch: int, d
     """
     if support.is_compiling() and not isinstance(lengths, Tensor):
         lengths = torch.tensor(lengths, device="cpu")
-    if isinstance(lengths, Tensor) and not _readable(lengths):
-        inexact = lengths.is_floating_point() or lengths.is_complex()
-        _check_integers(not inexact and lengths.dtype is not torch.bool, lengths)
-        _check_count(tuple(lengths.shape), batch)
-        return Rows(lengths.to(device=device, dtype=torch.int64).reshape(batch), None, None, steps, False)
-
-    values, steps, batch = _integers(lengths), int(steps), int(batch)  # under torch.jit.trace sizes are tensors
-    _check_count(values.shape, batch)
-    values = values.reshape(batch)
-    if batch and not (values.min() >= 0 and values.max() <= steps):
-        wrong = values[(values < 0) | (values > steps)][0]
-        raise ValueError(f"lengths must lie in [0, {steps}], the number of steps in the input, got {wrong}")
-    values = np.ascontiguousarray(values, dtype=np.int64)
+    if isinstance(lengths, Tensor) and not readable(lengths):
+        return Rows(_unread_lengths("lengths", lengths, batch, device), None, None, steps, False)
+    steps, batch = int(steps), int(batch)  # under torch.jit.trace sizes are tensors
+    values = _read_lengths("lengths", lengths, steps, "steps in the input", batch)
     if (values == steps).all():
         return None
     falling = bool((values[:-1] >= values[1:]).all())
@@ -64,7 +55,7 @@ def padded_rows(lengths: Tensor | Sequence[int] | int, steps: int, batch: int, d
     ended = np.cumsum(np.bincount(values, minlength=steps + 1))  # rows with a length of at most t
     longest = int(values.max())
     return Rows(
-        torch.from_numpy(values.copy()).to(device),
+        torch.from_numpy(values).to(device),
         torch.from_numpy(batch - ended[:longest]),
         order,
         longest,
@@ -72,14 +63,44 @@ def padded_rows(lengths: Tensor | Sequence[int] | int, steps: int, batch: int, d
     )
 
 
-def _readable(lengths: Tensor) -> bool:
+def row_lengths(
+    name: str, lengths: Tensor | Sequence[int] | int, most: int, what: str, batch: int, device: torch.device
+) -> Tensor | None:
+    """Checks the lengths of padded rows, without sorting them. None where every row has full length.
+
+    Args:
+        name: the argument, for messages.
+        lengths: `batch` integers in [0, most], any order; a list, a NumPy array or a tensor on any device.
+        what: what `most` counts, for messages.
+        device: of the result where the values cannot be read.
+
+    Returns:
+        (B,) int64 on the CPU, a copy; on `device` and unread under a compiler, a tracer, a transform or a fake tensor
+        mode.
+
+    Raises:
+        TypeError: lengths that are not integers.
+        ValueError: not `batch` of them, or one out of [0, most].
+    """
+    if support.is_compiling() and not isinstance(lengths, Tensor):
+        lengths = torch.tensor(lengths, device="cpu")
+    if isinstance(lengths, Tensor) and not readable(lengths):
+        return _unread_lengths(name, lengths, batch, device)
+    most, batch = int(most), int(batch)
+    values = _read_lengths(name, lengths, most, what, batch)
+    return None if (values == most).all() else torch.from_numpy(values)
+
+
+def readable(lengths: Tensor) -> bool:
+    """True where Python may look at the values."""
     # A subclass with a dispatch of its own may have no memory; FakeTensor is one. A trace would keep them as constants.
     plain = type(lengths).__torch_dispatch__ is Tensor.__torch_dispatch__
     observed = support.is_compiling() or support.transformed() or support.tracing() is not None
     return plain and not (observed or lengths.is_meta)
 
 
-def _integers(lengths: Tensor | Sequence[int] | int) -> np.ndarray:
+def integers(name: str, lengths: Tensor | Sequence[int] | int) -> np.ndarray:
+    """The values of `lengths`, which must be integers: TypeError for anything else, bools too."""
     if isinstance(lengths, Tensor):
         values = lengths.detach().cpu().resolve_conj().resolve_neg()
         values = values.float().numpy() if values.dtype is torch.bfloat16 else values.numpy()
@@ -87,21 +108,38 @@ def _integers(lengths: Tensor | Sequence[int] | int) -> np.ndarray:
         try:
             values = np.asarray(lengths)
         except ValueError as error:
-            raise TypeError(f"lengths must be integers, one per sequence, got {lengths!r}") from error
+            raise TypeError(f"{name} must be integers, one per sequence, got {lengths!r}") from error
         if values.size == 0:
             values = values.astype(np.int64)
         if values.dtype == object and all(type(n) is int for n in values.flat):  # integers of more than 64 bits
-            raise ValueError(f"lengths must be at most the number of steps in the input, got {lengths!r}")
-    _check_integers(values.dtype.kind in "iu", lengths)
+            raise ValueError(f"{name} must be integers of 64 bits, got {lengths!r}")
+    _check_integers(name, values.dtype.kind in "iu", lengths)
     return values
 
 
-def _check_integers(integers: bool, lengths: object) -> None:
+def _read_lengths(name: str, lengths: Tensor | Sequence[int] | int, most: int, what: str, batch: int) -> np.ndarray:
+    values = integers(name, lengths)
+    _check_count(name, values.shape, batch)
+    values = values.reshape(batch)
+    if batch and not (values.min() >= 0 and values.max() <= most):
+        wrong = values[(values < 0) | (values > most)][0]
+        raise ValueError(f"{name} must lie in [0, {most}], the number of {what}, got {wrong}")
+    return np.array(values, dtype=np.int64)  # a copy: whoever keeps it, the caller may go on counting
+
+
+def _unread_lengths(name: str, lengths: Tensor, batch: int, device: torch.device) -> Tensor:
+    inexact = lengths.is_floating_point() or lengths.is_complex()
+    _check_integers(name, not inexact and lengths.dtype is not torch.bool, lengths)
+    _check_count(name, tuple(lengths.shape), batch)
+    return lengths.to(device=device, dtype=torch.int64).reshape(batch)
+
+
+def _check_integers(name: str, integers: bool, lengths: object) -> None:
     if not integers:
         kind = lengths.dtype if isinstance(lengths, Tensor | np.ndarray) else repr(lengths)
-        raise TypeError(f"lengths must be integers, got {kind}")
+        raise TypeError(f"{name} must be integers, got {kind}")
 
 
-def _check_count(shape: tuple[int, ...], batch: int) -> None:
+def _check_count(name: str, shape: tuple[int, ...], batch: int) -> None:
     if shape != (batch,) and not (shape == () and batch == 1):
-        raise ValueError(f"lengths must have one entry per sequence, shape ({batch},), got shape {tuple(shape)}")
+        raise ValueError(f"{name} must have one entry per sequence, shape ({batch},), got shape {tuple(shape)}")

@@ -6,7 +6,7 @@ are the `torch.autograd.Function`s over the kernels of the active backend.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastseq import backends
 from fastseq.ops import checks, composite, graph, kernel_calls, support
+from fastseq.ops.autograd import c_apply, composite_backward, needs_grad
 from fastseq.ops.cell import Cell, Direction, Layer, Results, Weights
 from fastseq.ops.kernel_calls import unit_stride
 from fastseq.ops.lengths import padded_rows
@@ -131,11 +132,6 @@ def run_cell(cell: Cell, x: Tensor, h: Tensor, c: Tensor | None, weights: Direct
     return result if cell.has_c else (result, None)
 
 
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """True where autograd must record a call on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 class RecurrentFunction(torch.autograd.Function):
     """A layer of any cell, in one or two directions, over the kernels.
 
@@ -192,7 +188,7 @@ class RecurrentFunction(torch.autograd.Function):
             return (
                 None,
                 None,
-                *_composite_backward(
+                *composite_backward(
                     lambda x, h, c, *w: composite.layer(
                         ctx.call, x, h, c, [w[4 * d : 4 * d + 4] for d in range(directions)]
                     ),
@@ -250,7 +246,7 @@ class StepFunction(torch.autograd.Function):
         cell, backend, isas = ctx.how
         needs = ctx.needs_input_grad[2:]
         if not support.kernels_differentiate((dh, dc)):
-            grads = _composite_backward(lambda x, h, c, *w: composite.step(cell, x, h, c, w), inputs, (dh, dc), needs)
+            grads = composite_backward(lambda x, h, c, *w: composite.step(cell, x, h, c, w), inputs, (dh, dc), needs)
             return None, None, *grads
         dh, dc = unit_stride(dh), unit_stride(dc)
         grad = dc if dh is None else dh
@@ -279,35 +275,8 @@ class StepFunction(torch.autograd.Function):
         return None, None, None if dx is None else dx.squeeze(0), dh_0, dc_0, *dweights
 
 
-def _c_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` without its Python prologue, which only serves torch.func; `support.route` keeps those calls
-    away.
-
-    That the method of the C base class can be reached this way is a detail of torch, hence the trial. It stops
-    short of a backward, as the threads of the autograd engine must not start at import.
-    """
-
-    class Trial(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x * 2
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            return grad * 2
-
-    try:
-        with torch.enable_grad():
-            result = super(torch.autograd.Function, Trial).apply(torch.ones((), device="cpu", requires_grad=True))
-        if result.item() == 2 and result.grad_fn.name() == "TrialBackward":
-            return super(torch.autograd.Function, function).apply
-    except (AttributeError, RuntimeError, TypeError):
-        pass
-    return function.apply
-
-
-_apply_layer = _c_apply(RecurrentFunction)
-_apply_step = _c_apply(StepFunction)
+_apply_layer = c_apply(RecurrentFunction)
+_apply_step = c_apply(StepFunction)
 
 
 # What a graph keeps.
@@ -342,23 +311,3 @@ def _kept(ctx: Any, by_kernels: bool) -> tuple[tuple[Tensor | None, ...], Tensor
         return inputs, tensors[ctx.inputs], tensors[ctx.inputs + 1 :]
     output, version, saved = kept
     return (inputs, output, saved) if output._version == version else (inputs, None, None)
-
-
-def _composite_backward(
-    run: Callable[..., Sequence[Tensor | None]],
-    inputs: tuple[Tensor | None, ...],
-    grads: tuple[Tensor | None, ...],
-    needs: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """The forward once more in torch ops, and torch's own backward: can be differentiated again, takes any gradient."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Views: one input may be computed from another, whose gradient must not pass through both.
-        inputs = tuple(None if t is None else t.view_as(t) for t in inputs)
-        outputs = [(r, g) for r, g in zip(run(*inputs), grads, strict=True) if g is not None]
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-    if not outputs:
-        return [None] * len(inputs)
-    results, dresults = zip(*outputs, strict=True)
-    found = iter(torch.autograd.grad(results, wanted, dresults, create_graph=create_graph, allow_unused=True))
-    return [next(found) if need else None for need in needs]

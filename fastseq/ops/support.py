@@ -41,20 +41,24 @@ class Service(NamedTuple):
 
 
 SERVICE: tuple[Service, ...] = (
-    Service("CPU tensors in float32, float64 or bfloat16", "kernels", "forward and backward, any T, B, I and H"),
+    Service("CPU tensors in float32, float64 or bfloat16", "kernels", "forward and backward, any sizes"),
     Service("lengths=, reset=, return_states=, step()", "kernels", "same dtypes; other cases: torch ops, step by step"),
     Service("PackedSequence, sorted or not", "kernels", "rows active at each step, no padding computed"),
+    Service("scaled_dot_product_attention, with masks and dropout", "kernels", "same dtypes; no scores in memory"),
+    Service("causal=, window=, lengths, cu_seqlens, softcap, ...", "kernels", "other cases: torch ops with all scores"),
+    Service("MultiheadAttention, Transformer layers", "kernels", "their attention; projections and norms: torch's ops"),
+    Service("need_weights=True, dropout_p=1", "torch ops", "all scores in memory"),
     Service("torch.compile, RNN / LSTM / GRU", "kernels", "one opaque op per layer; backward runs forward again"),
-    Service("torch.compile, cells", "torch", "torch compiles its own op"),
+    Service("torch.compile, cells and attention", "torch", "torch compiles its own op"),
     Service("torch.export, jit.trace, make_fx", "torch", "the graph must run without fastseq"),
     Service("float16, complex and mixed dtypes", "torch", "no kernels for them"),
     Service("CUDA, MPS, meta and sparse tensors", "torch", "no kernels for them yet"),
     Service("proj_size > 0", "torch", "no projection in the kernels"),
     Service("cells: strided last axis, weights not contiguous", "torch", "a copy would cost as much as the step"),
-    Service("batch of 0, hidden_size of 0", "torch", "nothing to compute"),
+    Service("an axis of size 0", "torch", "nothing to compute"),
     Service("autocast", "torch", "result dtypes are torch's, which differ by cell"),
-    Service("tensor subclasses, FakeTensor, dispatch and function modes", "torch", "a kernel reads plain memory only"),
-    Service("forward-mode AD, torch.func (vmap, grad, jvp, ...)", "torch ops", "step by step; works for every cell"),
+    Service("tensor subclasses, nested and FakeTensors, modes", "torch", "a kernel reads plain memory only"),
+    Service("forward-mode AD, torch.func (vmap, grad, jvp, ...)", "torch ops", "for all cells and attention"),
     Service("create_graph=True", "torch", "the kernels' backward cannot be differentiated"),
     Service("gradients given batched (is_grads_batched) or as subclasses", "torch", "as for inputs"),
 )
@@ -110,6 +114,7 @@ def plain(tensor: Tensor, dtype: torch.dtype) -> bool:
         and tensor.dtype is dtype
         and tensor.is_cpu
         and tensor.layout is torch.strided
+        and not tensor.is_nested
         and not tensor.is_neg()
     )
 

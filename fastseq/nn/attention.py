@@ -1,0 +1,245 @@
+"""MultiheadAttention as a drop-in module."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastseq.ops import support
+from fastseq.ops.attention_call import Attention
+from fastseq.ops.attention_function import attend
+from fastseq.ops.support import Route
+
+
+class _Masks(NamedTuple):
+    """The caller's masks, each broadcasting to (B, N, L, S): what is added to the scores, and who may see whom."""
+
+    bias: Tensor | None
+    allowed: Tensor | None
+
+    def with_keys(self, count: int) -> _Masks:
+        """With `count` more keys at the end, which every query sees."""
+        if not count:
+            return self
+        bias = None if self.bias is None else F.pad(self.bias, (0, count))
+        return _Masks(bias, None if self.allowed is None else F.pad(self.allowed, (0, count), value=True))
+
+    def dead(self) -> Tensor | None:
+        """True for the queries that see no key, (B|1, N|1, L|1, 1); None if there are none."""
+        if self.allowed is None and self.bias is None:
+            return None
+        if self.bias is None:
+            seen = self.allowed
+        else:
+            seen = self.bias != -math.inf
+            seen = seen if self.allowed is None else seen & self.allowed
+        dead = ~seen.any(-1, keepdim=True)
+        return dead if dead.any() else None
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """A drop-in `torch.nn.MultiheadAttention`: same arguments, parameters, initialization, state_dict, shapes, errors.
+
+    Args:
+        query: (L, B, E), (B, L, E) with batch_first, (L, E) unbatched.
+        key, value: (S, B, kdim) and (S, B, vdim), or as the query lies.
+        key_padding_mask: (B, S), or (S) unbatched; bool: True where a key is ignored; float: added to the scores.
+        need_weights: also return the weights, which costs L x S numbers for each head: they are computed in torch ops.
+        attn_mask: (L, S) or (B * num_heads, L, S); bool: True where a query may not see a key; float: added.
+        average_attn_weights: the mean of the weights over the heads.
+        is_causal: a hint that attn_mask is the causal one, which is then not read where torch does not read it either.
+
+    Returns:
+        The output, shaped as the query, and the weights after dropout, (B, L, S), or (B, num_heads, L, S) without
+        averaging, without B if unbatched; None without need_weights.
+
+    One thing differs: a query that may see no key has weights of 0 and the bias of the output projection for an output,
+    with need_weights or without, in training and in evaluation, where torch gives NaN in some of these. A call that the
+    kernels do not serve is torch's forward in this too.
+
+    Float32, float64 and bfloat16 on the CPU run in kernels; everything else, nested tensors and masks of two kinds in
+    one call among it, takes torch's own path (`fastseq info` prints the table). Dropout has its own random stream,
+    seeded from torch's generator; with need_weights it is torch's.
+
+    Raises:
+        AssertionError: shapes or mask dtypes that do not fit; an embed_dim that num_heads does not divide.
+        ValueError: embed_dim or num_heads not positive.
+        RuntimeError: a 2-D or 3-D attn_mask of the wrong size, is_causal without attn_mask, dtypes that do not fit.
+
+    Sources: Vaswani et al., "Attention is all you need", 2017;
+        https://pytorch.org/docs/stable/generated/torch.nn.MultiheadAttention.html
+
+    Example:
+        >>> import torch, fastseq
+        >>> attention = fastseq.MultiheadAttention(16, 4, batch_first=True)
+        >>> x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+        >>> out, _ = attention(x, x, x, key_padding_mask=padding, need_weights=False)
+        >>> out.shape
+        torch.Size([2, 5, 16])
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See the class."""
+        backend = self._backend(query, key, value, key_padding_mask, attn_mask, is_causal)
+        if backend is None:
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        batched = query.dim() == 3
+        batch_first = self.batch_first or not batched
+        added_keys = (self.bias_k is not None) + bool(self.add_zero_attn)
+        q, k, v = (self._heads(x, batch_first) for x in self._projections(query, key, value))
+        if added_keys:
+            k, v = self._with_added_keys(k, self.bias_k), self._with_added_keys(v, self.bias_v)
+        # torch's reading of the hint
+        is_causal = is_causal and key_padding_mask is None and not need_weights
+        masks = self._masks(None if is_causal else attn_mask, key_padding_mask, q.shape[0]).with_keys(added_keys)
+        dropout_p = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            out, weights = _weighted(q, k, v, masks, self.head_dim**-0.5, dropout_p)
+        else:
+            call = Attention(self.head_dim**-0.5, right=0 if is_causal else None, dropout_p=dropout_p)
+            out, _ = attend(call, backend, q, k, v, *masks)
+        out = out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)
+        out = F.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        if batched:
+            return out, weights
+        return out.squeeze(0), None if weights is None else weights.squeeze(0)
+
+    def _backend(
+        self,
+        query: object,
+        key: object,
+        value: object,
+        key_padding_mask: object,
+        attn_mask: object,
+        is_causal: bool,
+    ) -> ModuleType | None:
+        """The backend that serves a call; None where torch's forward is to compute it, or to name the mistake."""
+        if support.observed() or not all(isinstance(t, Tensor) for t in (query, key, value)):
+            return None
+        masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
+        if not all(isinstance(mask, Tensor) for mask in masks) or len({mask.dtype for mask in masks}) > 1:
+            return None
+        weights = (self.in_proj_weight,) if self._qkv_same_embed_dim else self._separate_weights()
+        route, backend = support.route(
+            (query, key, value, *weights, self.in_proj_bias, self.out_proj.weight, self.out_proj.bias,
+             self.bias_k, self.bias_v, *(mask for mask in masks if mask.dtype is not torch.bool))
+        )  # fmt: skip
+        if route is not Route.KERNELS or not all(m.dtype is query.dtype or support.plain(m, torch.bool) for m in masks):
+            return None
+        if (is_causal and attn_mask is None) or not self._fits(query, key, value, key_padding_mask, attn_mask):
+            return None
+        return backend
+
+    def _separate_weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+
+    def _fits(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+    ) -> bool:
+        """True where every shape is as it should be and there is something to compute."""
+        rank = query.dim()
+        if rank not in (2, 3) or not (key.dim() == value.dim() == rank and query.numel() and key.numel()):
+            return False
+        sizes = query.shape[-1], key.shape[-1], value.shape[-1]
+        if sizes != (self.embed_dim, self.kdim, self.vdim) or key.shape[:-1] != value.shape[:-1]:
+            return False
+        rows = 0 if rank == 2 or not self.batch_first else 1  # the axis of L and S
+        batch = () if rank == 2 else (query.shape[1 - rows],)
+        queries, keys = query.shape[rows], key.shape[rows]
+        if batch and key.shape[1 - rows] != batch[0]:
+            return False
+        if key_padding_mask is not None and key_padding_mask.shape != (*batch, keys):
+            return False
+        heads = math.prod(batch) * self.num_heads
+        return attn_mask is None or tuple(attn_mask.shape) in ((queries, keys), (heads, queries, keys))
+
+    def _projections(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values with all heads side by side, in as few products as their inputs allow."""
+        bias = self.in_proj_bias
+        if not self._qkv_same_embed_dim:
+            biases = (None,) * 3 if bias is None else bias.chunk(3)
+            inputs = zip((query, key, value), self._separate_weights(), biases, strict=True)
+            return tuple(F.linear(x, w, b) for x, w, b in inputs)
+        weight = self.in_proj_weight
+        if query is key is value:
+            return F.linear(query, weight, bias).chunk(3, -1)
+        sizes = [self.embed_dim, 2 * self.embed_dim] if key is value else [self.embed_dim] * 3
+        inputs = (query, key) if key is value else (query, key, value)
+        biases = (None,) * 3 if bias is None else bias.split(sizes)
+        parts = [F.linear(x, w, b) for x, w, b in zip(inputs, weight.split(sizes), biases, strict=False)]
+        return (parts[0], *parts[1].chunk(2, -1)) if key is value else tuple(parts)
+
+    def _heads(self, x: Tensor, batch_first: bool) -> Tensor:
+        """(B, N, L, D) as a view of (B, L, E), (L, B, E) or (L, E)."""
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        if x.dim() == 3:
+            x = x.unsqueeze(0)
+        return x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3)
+
+    def _with_added_keys(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Keys or values (B, N, S, D) with `add_bias_kv` and `add_zero_attn`."""
+        rows = [x]
+        shape = (x.shape[0], self.num_heads, 1, self.head_dim)
+        if bias is not None:
+            rows.append(bias.reshape(1, self.num_heads, 1, self.head_dim).expand(shape))
+        if self.add_zero_attn:
+            rows.append(x.new_zeros(shape))
+        return torch.cat(rows, 2)
+
+    def _masks(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int) -> _Masks:
+        if attn_mask is not None:
+            if attn_mask.dim() == 3:
+                attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
+            else:
+                attn_mask = attn_mask[None, None]
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.reshape(batch, 1, 1, key_padding_mask.shape[-1])
+        if attn_mask is None:
+            mask = key_padding_mask
+        elif key_padding_mask is None:
+            mask = attn_mask
+        elif attn_mask.dtype is torch.bool:
+            mask = attn_mask | key_padding_mask
+        else:
+            mask = attn_mask + key_padding_mask
+        if mask is None:
+            return _Masks(None, None)
+        return _Masks(None, ~mask) if mask.dtype is torch.bool else _Masks(mask, None)
+
+
+def _weighted(q: Tensor, k: Tensor, v: Tensor, masks: _Masks, scale: float, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """The output (B, N, L, D) and its weights (B, N, L, S) after dropout."""
+    scores = (q * scale) @ k.mT
+    bias, allowed = masks
+    if bias is not None:
+        scores += bias
+    if allowed is not None:
+        scores.masked_fill_(~allowed, -math.inf)
+    dead = masks.dead()
+    if dead is None:
+        weights = torch.softmax(scores, -1)
+    else:  # filled before the softmax too: its gradient there would be NaN
+        weights = torch.softmax(scores.masked_fill_(dead, 0), -1).masked_fill(dead, 0)
+    if dropout_p:
+        weights = F.dropout(weights, dropout_p)
+    return weights @ v, weights

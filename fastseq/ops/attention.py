@@ -1,0 +1,209 @@
+"""Scaled dot product attention: torch's function over kernels that keep no scores in memory, and more than torch's."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastseq.ops import support
+from fastseq.ops.attention_call import (
+    Attention,
+    Integers,
+    Operands,
+    check_band,
+    check_lengths,
+    check_packed,
+    check_slopes,
+    check_softcap,
+    fit,
+    number,
+)
+from fastseq.ops.attention_function import attend
+from fastseq.ops.support import Route
+
+# The op itself, not its name in torch.nn.functional: inside `fastseq.fused()` that one leads here.
+torch_attention = torch._C._nn.scaled_dot_product_attention
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    causal: str | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    lengths_q: Integers | None = None,
+    lengths_k: Integers | None = None,
+    cu_seqlens_q: Integers | None = None,
+    cu_seqlens_k: Integers | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * query @ key.mT + mask) @ value, with torch's arguments, shapes, results and errors.
+
+    B batch, N heads, Nk heads of key and value, L queries, S keys, E and Ev their sizes. The batch may be any number of
+    axes, also none, and N may be missing; they broadcast.
+
+    Args:
+        query: (B, N, L, E).
+        key: (B, Nk, S, E), where Nk is N or 1, or with `enable_gqa` a divisor of N.
+        value: (B, Nk, S, Ev).
+        attn_mask: broadcasts to (B, N, L, S) and has two axes or more. bool: True where a query may see a key; of the
+            query's dtype: added to the scores, with a gradient in its own shape.
+        dropout_p: the probability with which a weight becomes zero; the others grow by 1 / (1 - dropout_p). Always
+            applied. One number drawn from torch's default generator seeds the call, so `torch.manual_seed` repeats it,
+            on any number of threads; the stream is not torch's.
+        is_causal: query i sees the keys 0 ... i (upper left). Not with attn_mask.
+        scale: 1 / sqrt(E) if None.
+        enable_gqa: each head of key and value serves N / Nk heads of the query.
+
+    Beyond torch:
+        causal: "upper_left" is is_causal; "lower_right" lets the last query see the last key. Goes with attn_mask.
+        window: (left, right), how many keys before and after its own place a query sees; None or -1 for all. The place
+            is aligned as `causal` says, upper left without; with causal none after it are seen.
+        lengths_q, lengths_k: B integers, for 4-D tensors: rows beyond them are padding, which nothing is read from;
+            there the output is 0 and the lse -inf. They shift the lower right corner.
+        cu_seqlens_q, cu_seqlens_k: B + 1 integers from 0 to the total length: sequences packed one after the other
+            along L and S, without padding. query (N, total, E), or with a batch axis of 1; no attn_mask.
+        softcap: a bound c for the scores, c * tanh(scores / c), before masks; None or 0 for none.
+        alibi_slopes: (N,) or (B, N): slope times the distance of key and query is subtracted from the scores.
+        return_lse: also return the logarithm of the sum of exp(scores), with a gradient.
+
+    Returns:
+        The output (B, N, L, Ev), for 4-D tensors in the memory layout of the query, else contiguous; with `return_lse`
+        also the lse (B, N, L), in float32 for bfloat16. A query that sees no key gives 0, and -inf for the lse.
+
+    Float32, float64 and bfloat16 on the CPU run in kernels, which compute in tiles and keep no scores. Other cases take
+    torch's own op, or for the arguments beyond torch torch ops that hold all scores; `fastseq info` prints the table.
+
+    Raises:
+        TypeError: arguments of wrong types.
+        ValueError: causal, window, lengths, cu_seqlens, softcap or alibi_slopes out of range.
+        RuntimeError: what torch raises for shapes, dtypes and devices that do not fit, dropout_p out of [0, 1],
+            attn_mask beside is_causal.
+
+    Sources: Vaswani et al., "Attention is all you need", 2017; Milakov and Gimelshein, "Online normalizer calculation
+        for softmax", 2018; Dao et al., "FlashAttention", 2022; Ainslie et al., "GQA", 2023; Press et al., "Train short,
+        test long" (ALiBi), 2022; Beltagy et al., "Longformer" (window), 2020; Gemma team, "Gemma 2" (softcap), 2024;
+        https://pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
+
+    Example:
+        >>> import torch, fastseq
+        >>> q, k, v = torch.randn(2, 8, 5, 16), torch.randn(2, 2, 7, 16), torch.randn(2, 2, 7, 16)
+        >>> out = fastseq.scaled_dot_product_attention(q, k, v, enable_gqa=True, causal="lower_right", lengths_k=[7, 5])
+        >>> out.shape
+        torch.Size([2, 8, 5, 16])
+    """
+    beyond = (causal, window, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, softcap, alibi_slopes)
+    plain = not return_lse and all(argument is None for argument in beyond)
+
+    def torchs() -> Tensor:
+        return torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+    route, backend = _route(query, key, value, attn_mask)
+    if plain and (route is Route.TORCH or route is Route.GRAPH):
+        return torchs()
+    operands = None
+    if _plain_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale):
+        operands = fit(query, key, value, attn_mask, enable_gqa)
+    if operands is None:  # torch computes it, or names the mistake
+        out = torchs()
+        if plain:
+            return out
+        raise RuntimeError(_misfit(query, key, value, attn_mask, is_causal))
+    depth = operands.q.shape[3]
+    call = Attention(
+        scale=(1 / math.sqrt(depth) if depth else 0.0) if scale is None else scale,
+        right=0 if is_causal else None,
+        dropout_p=dropout_p,
+    )
+    if not plain:
+        call = _beyond_torch(call, operands, attn_mask, is_causal, *beyond)
+    q, k, v, mask, _ = operands
+    bias, allowed = (None, mask) if mask is None or mask.dtype is torch.bool else (mask, None)
+    if route is Route.KERNELS and not (q.numel() and k.numel() and v.numel()):
+        if plain:
+            return torchs()
+        route = Route.TORCH
+    backend = backend if route is Route.KERNELS else None
+    out, lse = attend(call, backend, q, k, v, bias, allowed, keep_layout=operands.lead is None, want_lse=return_lse)
+    out = operands.restore(out)
+    return (out, operands.restore(lse)) if return_lse else out
+
+
+def _route(query: object, key: object, value: object, mask: object) -> tuple[Route, ModuleType | None]:
+    tensors = (query, key, value)
+    if not all(isinstance(t, Tensor) for t in tensors) or not (mask is None or isinstance(mask, Tensor)):
+        return Route.TORCH, None
+    if mask is None:
+        return support.route(tensors)
+    if mask.dtype is not torch.bool:
+        return support.route((*tensors, mask))
+    route, backend = support.route(tensors)
+    return (Route.TORCH, None) if route is Route.KERNELS and not support.plain(mask, torch.bool) else (route, backend)
+
+
+def _plain_arguments(
+    query: object, key: object, value: object, mask: object, dropout_p: object, is_causal: object, scale: object
+) -> bool:
+    """True where the arguments that torch has are what torch takes, but for shapes."""
+    if not (number(dropout_p) and 0 <= dropout_p <= 1 and isinstance(is_causal, bool)):
+        return False
+    if not (scale is None or number(scale)) or (mask is not None and is_causal):
+        return False
+    if not all(isinstance(t, Tensor) and t.is_floating_point() for t in (query, key, value)):
+        return False
+    if not (query.dtype == key.dtype == value.dtype and query.device == key.device == value.device):
+        return support.any_autocast()
+    if mask is None:
+        return True
+    return isinstance(mask, Tensor) and mask.dtype in (torch.bool, torch.float32, query.dtype)
+
+
+def _misfit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> str:
+    """What is wrong with arguments that torch computes something of."""
+    if mask is not None and is_causal:
+        return "Explicit attn_mask should not be set when is_causal=True; causal='upper_left' goes with a mask"
+    shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in (query, key, value, mask) if t is not None)
+    return f"query, key, value and attn_mask do not fit together, got {shapes}"
+
+
+def _beyond_torch(
+    call: Attention,
+    operands: Operands,
+    mask: Tensor | None,
+    is_causal: bool,
+    causal: str | None,
+    window: tuple[int | None, int | None] | None,
+    lengths_q: Integers | None,
+    lengths_k: Integers | None,
+    cu_seqlens_q: Integers | None,
+    cu_seqlens_k: Integers | None,
+    softcap: float | None,
+    slopes: Tensor | None,
+) -> Attention:
+    left, right, lower_right = check_band(causal, is_causal, window)
+    call = call._replace(left=left, right=right, lower_right=lower_right, softcap=check_softcap(softcap))
+    batch = operands.q.shape[0]
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        lengths_q, lengths_k = check_lengths(operands, lengths_q, lengths_k)
+        call = call._replace(lengths_q=lengths_q, lengths_k=lengths_k)
+    else:
+        if lengths_q is not None or lengths_k is not None:
+            raise ValueError("lengths_q and lengths_k cannot be given with cu_seqlens, which say the lengths")
+        q, k = check_packed(operands, mask, cu_seqlens_q, cu_seqlens_k)
+        batch = q.starts.shape[0]
+        call = call._replace(
+            lengths_q=q.lengths, lengths_k=k.lengths, starts_q=q.starts, starts_k=k.starts,
+            max_q=q.longest, max_k=k.longest,
+        )  # fmt: skip
+    return call._replace(alibi_slopes=check_slopes(slopes, operands.q, batch))

@@ -1,0 +1,171 @@
+"""Attention on checked tensors: the kernels behind autograd, or the composite."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastseq.ops import attention_composite, support
+from fastseq.ops.attention_call import Attention
+from fastseq.ops.autograd import c_apply, composite_backward, needs_grad
+from fastseq.ops.kernel_calls import unit_stride
+
+
+def attend(
+    call: Attention,
+    backend: ModuleType | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    allowed: Tensor | None,
+    *,
+    keep_layout: bool = True,
+    want_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The output (B, N, L, E) and, if wanted, the lse (B, N, L), of checked tensors.
+
+    Args:
+        backend: what `support.route` answered for these tensors, none of them empty; None for torch ops.
+        q, k, v: (B, N, L, D), (B, Nk, S, D), (B, Nk, S, E).
+        bias: (B|1, N|1, L|1, S|1), added to the scores.
+        allowed: (B|1, N|1, L|1, S|1) bool, True where a query may see a key.
+        keep_layout: the output in the query's memory layout; False: contiguous.
+    """
+    seed = None
+    if call.dropout_p:
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+    if backend is None or call.dropout_p == 1:
+        return attention_composite.attention(call, q, k, v, bias, allowed, seed)
+    seed = 0 if seed is None else seed.item()
+    if needs_grad(q, k, v, bias):
+        return _apply(call, backend, seed, keep_layout, q, k, v, bias, allowed, call.alibi_slopes)
+    return _forward(call, backend, seed, keep_layout, q, k, v, bias, allowed, call.alibi_slopes, want_lse)
+
+
+def _forward(
+    call: Attention,
+    backend: ModuleType,
+    seed: int,
+    keep_layout: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    allowed: Tensor | None,
+    slopes: Tensor | None,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    out = _output(q, v.shape[3], keep_layout)
+    options = _options(call, seed, q, k, bias, allowed, slopes)
+    return backend.attention_forward(
+        unit_stride(q), unit_stride(k), unit_stride(v), return_lse=want_lse, out=out, **options
+    )
+
+
+def _options(
+    call: Attention, seed: int, q: Tensor, k: Tensor, bias: Tensor | None, allowed: Tensor | None, slopes: Tensor | None
+) -> dict[str, Any]:
+    options = call.options()
+    if bias is not None or allowed is not None:
+        scores = (*q.shape[:3], k.shape[2])
+        options["bias"] = None if bias is None else bias.expand(scores)
+        options["allowed"] = None if allowed is None else allowed.expand(scores)
+    if slopes is not None:
+        options["alibi_slopes"] = slopes
+    if call.dropout_p:
+        options |= {"dropout_p": call.dropout_p, "seed": seed}
+    return options
+
+
+def _output(q: Tensor, size: int, keep_layout: bool) -> Tensor:
+    """An empty (B, N, L, E) of its own, as autograd forbids changes of a view that a Function made."""
+    shape = (*q.shape[:3], size)
+    if not keep_layout or q.is_contiguous():
+        return q.new_empty(shape)
+    strides, stride = [0, 0, 0, 1], size
+    for axis in sorted((2, 1, 0), key=q.stride):
+        strides[axis] = stride
+        stride *= shape[axis]
+    return q.new_empty_strided(shape, strides)
+
+
+class AttentionFunction(torch.autograd.Function):
+    """Attention over the kernels.
+
+    `AttentionFunction.apply(call, backend, seed, keep_layout, q, k, v, bias, allowed, alibi_slopes)` returns the output
+    (B, N, L, E) and the lse (B, N, L): `call` is an `Attention`, `backend` a module with `attention_forward` and
+    `attention_backward`, the rest as in `attend`; the slopes are those of the call. q, k, v and bias get gradients.
+
+    Kept for the backward are the tensors given, the output and the lse; the weights are computed again, tile by tile,
+    and so is the dropout, from its seed. With `create_graph=True` the gradients come from torch ops.
+
+    Source: Dao et al., "FlashAttention", 2022.
+
+    Example:
+        >>> import torch
+        >>> from fastseq import backends
+        >>> from fastseq.ops import Attention, AttentionFunction
+        >>> q = torch.randn(2, 3, 5, 8, requires_grad=True)
+        >>> if (backend := backends.select()) is not None:
+        ...     out, lse = AttentionFunction.apply(Attention(8**-0.5), backend, 0, True, q, q, q, None, None, None)
+        ...     out.sum().backward()
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Attention,
+        backend: ModuleType,
+        seed: int,
+        keep_layout: bool,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        allowed: Tensor | None,
+        slopes: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        out, lse = _forward(call, backend, seed, keep_layout, q, k, v, bias, allowed, slopes, True)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, bias, allowed, slopes, out, lse)
+        ctx.how = call._replace(alibi_slopes=None), backend, seed
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+        """Gradients of q, k, v and bias, None for those that need none."""
+        if dout is None and dlse is None:
+            return (None,) * 10
+        q, k, v, bias, allowed, slopes, out, lse = ctx.saved_tensors
+        call, backend, seed = ctx.how
+        needs = ctx.needs_input_grad[4:8]
+        if not support.kernels_differentiate((dout, dlse)):
+            whole = call._replace(alibi_slopes=slopes)
+            grads = composite_backward(
+                lambda q, k, v, bias: attention_composite.attention(whole, q, k, v, bias, allowed, seed),
+                (q, k, v, bias),
+                (dout, dlse),
+                needs,
+            )
+        else:
+            grads = backend.attention_backward(
+                unit_stride(q),
+                unit_stride(k),
+                unit_stride(v),
+                out,
+                lse,
+                torch.zeros_like(out) if dout is None else unit_stride(dout),
+                dlse=dlse,
+                needs=needs,
+                bias_shape=None if bias is None else tuple(bias.shape),
+                **_options(call, seed, q, k, bias, allowed, slopes),
+            )
+        return None, None, None, None, *grads, None, None
+
+
+_apply = c_apply(AttentionFunction)

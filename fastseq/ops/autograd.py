@@ -1,0 +1,61 @@
+"""What the autograd Functions of every family share: when to record, the cheap way in, gradients of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """True where autograd must record a call on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def c_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` without its Python prologue, which only serves torch.func; `support.route` keeps those calls
+    away.
+
+    That the method of the C base class can be reached this way is a detail of torch, hence the trial. It stops
+    short of a backward, as the threads of the autograd engine must not start at import.
+    """
+
+    class Trial(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad * 2
+
+    try:
+        with torch.enable_grad():
+            result = super(torch.autograd.Function, Trial).apply(torch.ones((), device="cpu", requires_grad=True))
+        if result.item() == 2 and result.grad_fn.name() == "TrialBackward":
+            return super(torch.autograd.Function, function).apply
+    except (AttributeError, RuntimeError, TypeError):
+        pass
+    return function.apply
+
+
+def composite_backward(
+    run: Callable[..., Sequence[Tensor | None]],
+    inputs: tuple[Tensor | None, ...],
+    grads: tuple[Tensor | None, ...],
+    needs: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """The forward once more in torch ops, and torch's own backward: can be differentiated again, takes any gradient."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views: one input may be computed from another, whose gradient must not pass through both.
+        inputs = tuple(None if t is None else t.view_as(t) for t in inputs)
+        outputs = [(r, g) for r, g in zip(run(*inputs), grads, strict=True) if g is not None]
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    if not outputs:
+        return [None] * len(inputs)
+    results, dresults = zip(*outputs, strict=True)
+    found = iter(torch.autograd.grad(results, wanted, dresults, create_graph=create_graph, allow_unused=True))
+    return [next(found) if need else None for need in needs]
