@@ -75,11 +75,12 @@ def test_growth():
 
 def test_reset():
     cache = make()
-    before = cache.lengths
+    empty = cache.lengths
     cache.append(rows(4), rows(4, 5))
-    assert before.tolist() == [0, 0, 0]  # who holds the lengths keeps them
+    full = cache.lengths
     cache.reset([1])
     assert cache.lengths.tolist() == [4, 0, 4]
+    assert (empty.tolist(), full.tolist()) == ([0, 0, 0], [4, 4, 4])  # who holds the lengths keeps them
     k, v = rows(1), rows(1, 5)
     cache.append(k, v)
     assert cache.lengths.tolist() == [5, 1, 5]

@@ -17,7 +17,7 @@ from fastseq.ops.support import Route
 
 
 class _Masks(NamedTuple):
-    """The caller's masks, each broadcasting to (B, N, L, S): what is added to the scores, and who may see whom."""
+    """The caller's masks as one that broadcasts to (B, N, L, S): added to the scores, or True where a query sees."""
 
     bias: Tensor | None
     allowed: Tensor | None
@@ -31,13 +31,9 @@ class _Masks(NamedTuple):
 
     def dead(self) -> Tensor | None:
         """True for the queries that see no key, (B|1, N|1, L|1, 1); None if there are none."""
-        if self.allowed is None and self.bias is None:
+        if self.bias is None and self.allowed is None:
             return None
-        if self.bias is None:
-            seen = self.allowed
-        else:
-            seen = self.bias != -math.inf
-            seen = seen if self.allowed is None else seen & self.allowed
+        seen = self.allowed if self.bias is None else self.bias != -math.inf
         dead = ~seen.any(-1, keepdim=True)
         return dead if dead.any() else None
 

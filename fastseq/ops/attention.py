@@ -104,7 +104,10 @@ def scaled_dot_product_attention(
         torch.Size([2, 8, 5, 16])
     """
     beyond = (causal, window, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, softcap, alibi_slopes)
-    plain = not return_lse and all(argument is None for argument in beyond)
+    plain = (
+        causal is window is lengths_q is lengths_k is cu_seqlens_q is cu_seqlens_k is softcap is alibi_slopes is None
+    )
+    plain = plain and not return_lse
 
     def torchs() -> Tensor:
         return torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -113,7 +116,9 @@ def scaled_dot_product_attention(
     if plain and (route is Route.TORCH or route is Route.GRAPH):
         return torchs()
     operands = None
-    if _plain_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale):
+    fits = number(dropout_p) and 0 <= dropout_p <= 1 and isinstance(is_causal, bool)
+    fits = fits and (scale is None or number(scale)) and not (is_causal and attn_mask is not None)
+    if fits and (route is Route.KERNELS or _alike(query, key, value, attn_mask)):
         operands = fit(query, key, value, attn_mask, enable_gqa)
     if operands is None:  # torch computes it, or names the mistake
         out = torchs()
@@ -142,7 +147,9 @@ def scaled_dot_product_attention(
 
 def _route(query: object, key: object, value: object, mask: object) -> tuple[Route, ModuleType | None]:
     tensors = (query, key, value)
-    if not all(isinstance(t, Tensor) for t in tensors) or not (mask is None or isinstance(mask, Tensor)):
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        return Route.TORCH, None
+    if not (mask is None or isinstance(mask, Tensor)):
         return Route.TORCH, None
     if mask is None:
         return support.route(tensors)
@@ -152,21 +159,14 @@ def _route(query: object, key: object, value: object, mask: object) -> tuple[Rou
     return (Route.TORCH, None) if route is Route.KERNELS and not support.plain(mask, torch.bool) else (route, backend)
 
 
-def _plain_arguments(
-    query: object, key: object, value: object, mask: object, dropout_p: object, is_causal: object, scale: object
-) -> bool:
-    """True where the arguments that torch has are what torch takes, but for shapes."""
-    if not (number(dropout_p) and 0 <= dropout_p <= 1 and isinstance(is_causal, bool)):
+def _alike(query: object, key: object, value: object, mask: object) -> bool:
+    """True where dtypes and devices are what torch takes, as they are where the kernels serve a call."""
+    tensors = (query, key, value)
+    if not all(isinstance(t, Tensor) and t.is_floating_point() for t in tensors):
         return False
-    if not (scale is None or number(scale)) or (mask is not None and is_causal):
-        return False
-    if not all(isinstance(t, Tensor) and t.is_floating_point() for t in (query, key, value)):
-        return False
-    if not (query.dtype == key.dtype == value.dtype and query.device == key.device == value.device):
+    if any(t.dtype != query.dtype or t.device != query.device for t in tensors):
         return support.any_autocast()
-    if mask is None:
-        return True
-    return isinstance(mask, Tensor) and mask.dtype in (torch.bool, torch.float32, query.dtype)
+    return mask is None or (isinstance(mask, Tensor) and mask.dtype in (torch.bool, torch.float32, query.dtype))
 
 
 def _misfit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> str:

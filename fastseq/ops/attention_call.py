@@ -15,6 +15,7 @@ from fastseq.ops.lengths import integers, readable, row_lengths
 
 Integers = Tensor | Sequence[int]
 ALIGNMENTS = ("upper_left", "lower_right")
+_NUMBERS = (float, int)
 
 
 class Attention(NamedTuple):
@@ -44,18 +45,18 @@ class Attention(NamedTuple):
         return self.starts_q is not None
 
     def options(self) -> dict[str, Any]:
-        """What the kernels are told, in their keywords."""
-        options = {"scale": self.scale}
-        if self.left is not None or self.right is not None or self.lower_right:
-            options |= {"left": self.left, "right": self.right, "lower_right": self.lower_right}
-        if self.softcap:
-            options["softcap"] = self.softcap
-        for name in ("lengths_q", "lengths_k", "starts_q", "starts_k"):
-            if (value := getattr(self, name)) is not None:
-                kind, side = name.split("_")
-                options[f"{side}_{kind}"] = value
+        """What the kernels are told, in their keywords, but for the tensors that autograd keeps."""
+        options = {
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "left": self.left,
+            "right": self.right,
+            "lower_right": self.lower_right,
+            "q_lengths": self.lengths_q,
+            "k_lengths": self.lengths_k,
+        }
         if self.packed:
-            options |= {"max_q": self.max_q, "max_k": self.max_k}
+            options |= {"q_starts": self.starts_q, "k_starts": self.starts_k, "max_q": self.max_q, "max_k": self.max_k}
         return options
 
 
@@ -150,7 +151,7 @@ def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
 
 def number(value: object) -> bool:
     """True for what torch takes for a float."""
-    return isinstance(value, float | int) and not isinstance(value, bool)
+    return isinstance(value, _NUMBERS) and not isinstance(value, bool)
 
 
 def check_band(causal: object, is_causal: bool, window: object) -> tuple[int | None, int | None, bool]:

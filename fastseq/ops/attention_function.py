@@ -83,8 +83,11 @@ def _options(
 
 def _output(q: Tensor, size: int, keep_layout: bool) -> Tensor:
     """An empty (B, N, L, E) of its own, as autograd forbids changes of a view that a Function made."""
+    contiguous = q.is_contiguous()
+    if contiguous and q.shape[3] == size:
+        return torch.empty_like(q)  # the common case, and the fastest call
     shape = (*q.shape[:3], size)
-    if not keep_layout or q.is_contiguous():
+    if contiguous or not keep_layout:
         return q.new_empty(shape)
     strides, stride = [0, 0, 0, 1], size
     for axis in sorted((2, 1, 0), key=q.stride):
