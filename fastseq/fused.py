@@ -39,7 +39,8 @@ def fused() -> Iterator[None]:
     For models that call that function themselves, which `fuse` cannot see. Calls that the kernels do not serve take
     torch's op, as always; so do the graphs of torch.compile. Holds for this thread or task, not for threads started
     inside; blocks may be nested. What has the function under another name, by `from torch.nn.functional import
-    scaled_dot_product_attention`, is not reached, and torch.jit.script does not work inside.
+    scaled_dot_product_attention`, is not reached, and torch.jit.script does not work inside. Where checkpointing runs a
+    forward again, the backward belongs inside too.
 
     Example:
         >>> import torch, fastseq

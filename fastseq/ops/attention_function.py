@@ -136,7 +136,8 @@ class AttentionFunction(torch.autograd.Function):
         out, lse = _forward(call, backend, seed, keep_layout, q, k, v, bias, allowed, slopes, True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, bias, allowed, slopes, out, lse)
-        ctx.how = call._replace(alibi_slopes=None), backend, seed
+        # The slopes are kept above, where a change in place is noticed.
+        ctx.how = (call if slopes is None else call._replace(alibi_slopes=None)), backend, seed
         return out, lse
 
     @staticmethod
