@@ -1,13 +1,8 @@
 """Fixtures of every test."""
 
-import attention_stand_in
 import pytest
 
 from fastseq import backends
-
-if (_kernels := backends.select()) is not None and not hasattr(_kernels, "attention_forward"):
-    _kernels.attention_forward = attention_stand_in.attention_forward
-    _kernels.attention_backward = attention_stand_in.attention_backward
 
 
 @pytest.fixture(params=["torch", "native"])
