@@ -254,8 +254,8 @@ FASTSEQ_INLINE void store_interleaved(uint32_t* p, const WordLanes (&x)[4]) {
   const LongWords even = (x[0].raw & 0xffffffffu) | x[1].raw << 32, odd = (x[2].raw & 0xffffffffu) | x[3].raw << 32;
   LongWords first, second;
   FASTSEQ_UNROLL for (int i = 0; i < WordLanes::kLanes; ++i) {
-    first[i] = (i & 1 ? odd : even)[i / 2];
-    second[i] = (i & 1 ? odd : even)[(WordLanes::kLanes + i) / 2];
+    first[i] = i & 1 ? odd[i / 2] : even[i / 2];
+    second[i] = i & 1 ? odd[(WordLanes::kLanes + i) / 2] : even[(WordLanes::kLanes + i) / 2];
   }
   std::memcpy(p, &first, sizeof first);
   std::memcpy((char*)p + sizeof first, &second, sizeof second);
