@@ -164,15 +164,9 @@ struct AttentionDecode {
       }
       total.softmax.largest[r] = state.largest.raw[0];
       total.softmax.sum[r] = state.sum.raw[0];
-      T lse;
-      const T factor = total.softmax.finish(r, lse);
       const int64_t n = head_of(head, r, extent), row = extent.q_start + r % extent.queries;
-      S* out = row_of<S>(p.out, b, n, row);
-      if (factor == 0)
-        std::memset((void*)out, 0, p.value_dim * sizeof(S));
-      else
-        write_row(out, sum, p.value_dim, factor);
-      if (p.lse) *element_of<T>(p.lse, p.lse_strides, b, n, row) = lse;
+      total.softmax.finish(r, sum, p.value_dim, row_of<S>(p.out, b, n, row),
+                           element_of<T>(p.lse, p.lse_strides, b, n, row));
     }
     if (p.q_starts) return;
     for (int64_t n = head % p.kv_heads * group; n < (head % p.kv_heads + 1) * group; ++n) {

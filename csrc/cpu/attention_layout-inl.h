@@ -38,13 +38,13 @@ FASTSEQ_INLINE S* row_of(const Heads& heads, int64_t b, int64_t n, int64_t row) 
   return (S*)heads.data + b * heads.batch_stride + n * heads.head_stride + row * heads.row_stride;
 }
 
-// Element (b, n, row) of lse and its gradient.
+// Element (b, n, row) of lse and its gradient; null if they are.
 template <class T, class P>
 FASTSEQ_INLINE T* element_of(P* data, const int64_t* strides, int64_t b, int64_t n, int64_t row) {
-  return (T*)data + b * strides[0] + n * strides[1] + row * strides[2];
+  return !data ? nullptr : (T*)data + b * strides[0] + n * strides[1] + row * strides[2];
 }
 
-// Rows of storage from rows of results, each times a factor.
+// A row of storage from a row of results, times a factor.
 template <class S>
 FASTSEQ_INLINE void write_row(S* out, const Compute<S>* row, int64_t width, Compute<S> factor) {
   using V = Vec<Compute<S>>;
