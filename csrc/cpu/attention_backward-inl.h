@@ -101,7 +101,7 @@ struct AttentionBackward {
   };
 
   void work(const Team& team) {
-    Scratch s(*this, scratch + team.rank * scratch_elements);
+    const Scratch s(*this, scratch + team.rank * scratch_elements);
     if (shares == 1) {
       const Operands operands(*this, team.rank);
       for (int64_t head; (head = queue.take()) < heads;) {
@@ -139,7 +139,7 @@ struct AttentionBackward {
   }
 
   // Every `shares`-th block of query rows: dQ of its rows, and their part of dK and dV.
-  void add_share(int64_t head, int64_t share, const Operands& operands, const Sums& sums, Scratch& s) const {
+  void add_share(int64_t head, int64_t share, const Operands& operands, const Sums& sums, const Scratch& s) const {
     const int64_t b = head / p.kv_heads;
     const Extent extent(p, b);
     fill(sums.dk, extent.keys * layout.key_row, T(0));

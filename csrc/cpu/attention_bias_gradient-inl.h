@@ -60,7 +60,7 @@ struct AttentionBiasGradient {
   }
 
   void work(const Team& team) {
-    Scratch s(*this, scratch + team.rank * scratch_elements);
+    const Scratch s(*this, scratch + team.rank * scratch_elements);
     const int64_t sizes[4] = {p.batch, p.heads, query_blocks, key_blocks};
     int64_t counts[4], items = 1;
     for (int axis = 0; axis < 4; ++axis) items *= counts[axis] = whole[axis] ? sizes[axis] : 1;
@@ -80,7 +80,7 @@ struct AttentionBiasGradient {
   }
 
   // Adds dS of the query rows from `first` on, as many as a block has.
-  void add_row(int64_t b, int64_t n, int64_t first, Range keys, Scratch& s) const {
+  void add_row(int64_t b, int64_t n, int64_t first, Range keys, const Scratch& s) const {
     const Extent extent(p, b);
     const int64_t rows = min(kQueryBlock, extent.queries - first), kv_head = n / (p.heads / p.kv_heads);
     if (rows <= 0) return;

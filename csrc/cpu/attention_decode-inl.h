@@ -18,7 +18,7 @@ struct AttentionDecode {
   static constexpr int64_t kRow = kPart + V::kLanes;
 
   const AttentionParams& p;
-  int64_t group, heads, most_rows, chunks, chunk_keys, padded_value_dim;
+  int64_t group, heads, most_rows, chunks, chunk_keys, q_row, padded_value_dim;
   int64_t part_elements, scratch_elements;
   T *parts = nullptr, *scratch = nullptr;
   Queue queue;
@@ -28,12 +28,13 @@ struct AttentionDecode {
         group(p.heads / p.kv_heads),
         heads(p.batch * p.kv_heads),
         most_rows(group * p.queries),
+        q_row(Tile<T>::ceil(p.head_dim)),
         padded_value_dim(ceil_div(p.value_dim, V::kLanes) * V::kLanes) {
     const int64_t wanted = max(1, min(ceil_div(kItems, heads), p.keys / kLeastChunk));
     chunk_keys = max(kPart, ceil_div(ceil_div(p.keys, wanted), kPart) * kPart);
     chunks = max(1, ceil_div(p.keys, chunk_keys));
     part_elements = Part::elements(*this);
-    scratch_elements = Scratch::elements();
+    scratch_elements = Scratch::elements(*this);
   }
 
   static Status run(const AttentionParams& p) {
@@ -67,16 +68,17 @@ struct AttentionDecode {
 
   // Of one thread.
   struct Scratch {
-    T* scores;  // (rows, kRow)
+    T *q, *scores;  // (rows, q_row), scaled; (rows, kRow)
     T *next, *factors;
     uint32_t* words;
 
-    static int64_t elements() {
-      return Arena<T>::size(kFewRows * kRow) + 2 * Arena<T>::size(SoftmaxRows<T>::padded(kFewRows)) +
-             Arena<T>::size(Scores<S>::draw_size(kPart));
+    static int64_t elements(const AttentionDecode& d) {
+      return Arena<T>::size(kFewRows * d.q_row) + Arena<T>::size(kFewRows * kRow) +
+             2 * Arena<T>::size(SoftmaxRows<T>::padded(kFewRows)) + Arena<T>::size(Scores<S>::draw_size(kPart));
     }
-    explicit Scratch(T* memory) {
+    Scratch(const AttentionDecode& d, T* memory) {
       Arena<T> arena{memory};
+      q = arena.take(kFewRows * d.q_row);
       scores = arena.take(kFewRows * kRow);
       next = arena.take(SoftmaxRows<T>::padded(kFewRows));
       factors = arena.take(SoftmaxRows<T>::padded(kFewRows));
@@ -85,7 +87,7 @@ struct AttentionDecode {
   };
 
   void work(const Team& team) {
-    const Scratch s(scratch + team.rank * scratch_elements);
+    const Scratch s(*this, scratch + team.rank * scratch_elements);
     for (int64_t item; (item = queue.take()) < heads * chunks;) attend(item / chunks, item % chunks, s);
     team.wait();
     for (int64_t head = team.rank; head < heads; head += team.size) finish(head);
@@ -106,16 +108,19 @@ struct AttentionDecode {
     const Range seen = extent.window(p).keys_of(0, extent.queries);
     const int64_t begin = max(chunk * chunk_keys, seen.begin / kPart * kPart);
     const int64_t end = min((chunk + 1) * chunk_keys, seen.end);
-    const S* q[kFewRows];
     for (int64_t r = 0; r < rows; ++r)
-      q[r] = row_of<const S>(p.q, b, head_of(head, r, extent), extent.q_start + r % extent.queries);
+      copy_rows(row_of<const S>(p.q, b, head_of(head, r, extent), extent.q_start + r % extent.queries), 0, 1,
+                p.head_dim, T(p.scale), s.q + r * q_row, q_row);
     for (int64_t key = begin; key < end; key += kPart) {
       const int64_t count = min(kPart, end - key), columns = ceil_div(count, V::kLanes) * V::kLanes;
-      multiply_stored(q, rows, p.head_dim, row_of<const S>(p.k, b, n, extent.k_start + key), p.k.row_stride, count,
-                      T(p.scale), s.scores, kRow);
+      dot_streamed(s.q, q_row, rows, p.head_dim, row_of<const S>(p.k, b, n, extent.k_start + key), p.k.row_stride,
+                   count, s.scores, kRow);
       weigh(head, b, extent, key, count, columns, part, s);
-      const S* v = row_of<const S>(p.v, b, n, extent.k_start + key);
-      add_values(rows, count, v, s, part.out);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < padded_value_dim; c += V::kLanes)
+          store(part.out + r * padded_value_dim + c, load(part.out + r * padded_value_dim + c) * V(s.factors[r]));
+      add_streamed(s.scores, kRow, rows, count, row_of<const S>(p.v, b, n, extent.k_start + key), p.v.row_stride,
+                   p.value_dim, part.out, padded_value_dim);
     }
   }
 
@@ -143,47 +148,6 @@ struct AttentionDecode {
     }
   }
 
-  // out = factors * out + P V, a few keys at a time, so that V streams from memory row by row while out stays in L1.
-  void add_values(int64_t rows, int64_t count, const S* v, const Scratch& s, T* out) const {
-    constexpr int kRows = 3, kVectors = kRegisters / 4;  // accumulators of a tile; one row has twice the vectors
-    constexpr int64_t kKeys = 8;
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < padded_value_dim; c += V::kLanes)
-        store(out + r * padded_value_dim + c, load(out + r * padded_value_dim + c) * V(s.factors[r]));
-    const EvenSplit split(rows, kRows);
-    for (int64_t key = 0; key < count; key += kKeys)
-      for (int64_t part = 0; part < split.parts; ++part)
-        with_constant<kRows>(split.count(part), [&](auto mr) {
-          constexpr int MR = decltype(mr)::value, NV = MR == 1 ? 2 * kVectors : kVectors;
-          const int64_t first = split.begin(part);
-          int64_t c = 0;
-          for (; c + NV * V::kLanes <= p.value_dim; c += NV * V::kLanes)
-            add_tile<MR, NV>(min(kKeys, count - key), s.scores + first * kRow + key, v + key * p.v.row_stride + c,
-                             out + first * padded_value_dim + c, NV * V::kLanes);
-          for (; c < p.value_dim; c += V::kLanes)
-            add_tile<MR, 1>(min(kKeys, count - key), s.scores + first * kRow + key, v + key * p.v.row_stride + c,
-                            out + first * padded_value_dim + c, p.value_dim - c);
-        });
-  }
-
-  template <int MR, int NV>
-  FASTSEQ_INLINE void add_tile(int64_t count, const T* weights, const S* v, T* out, int64_t left) const {
-    V acc[MR][NV];
-    FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) FASTSEQ_UNROLL for (int j = 0; j < NV; ++j) acc[m][j] =
-        load(out + m * padded_value_dim + j * V::kLanes);
-    for (int64_t k = 0; k < count; ++k) {
-      V value[NV];
-      FASTSEQ_UNROLL for (int j = 0; j < NV; ++j) value[j] =
-          load_first(v + k * p.v.row_stride + j * V::kLanes, left - j * V::kLanes);
-      FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) {
-        const V weight(weights[m * kRow + k]);
-        FASTSEQ_UNROLL for (int j = 0; j < NV; ++j) acc[m][j] = fma(weight, value[j], acc[m][j]);
-      }
-    }
-    FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) FASTSEQ_UNROLL for (int j = 0; j < NV; ++j)
-        store(out + m * padded_value_dim + j * V::kLanes, acc[m][j]);
-  }
-
   // Merges the chunks of a head, in their order, into the first, and writes the rows.
   void finish(int64_t head) const {
     const int64_t b = head / p.kv_heads;
@@ -200,15 +164,9 @@ struct AttentionDecode {
       }
       total.softmax.largest[r] = state.largest.raw[0];
       total.softmax.sum[r] = state.sum.raw[0];
-      T lse;
-      const T factor = total.softmax.finish(r, lse);
       const int64_t n = head_of(head, r, extent), row = extent.q_start + r % extent.queries;
-      S* out = row_of<S>(p.out, b, n, row);
-      if (factor == 0)
-        std::memset((void*)out, 0, p.value_dim * sizeof(S));
-      else
-        write_row(out, sum, p.value_dim, factor);
-      if (p.lse) *element_of<T>(p.lse, p.lse_strides, b, n, row) = lse;
+      total.softmax.finish(r, sum, p.value_dim, row_of<S>(p.out, b, n, row),
+                           element_of<T>(p.lse, p.lse_strides, b, n, row));
     }
     if (p.q_starts) return;
     for (int64_t n = head % p.kv_heads * group; n < (head % p.kv_heads + 1) * group; ++n) {

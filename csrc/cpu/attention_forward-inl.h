@@ -137,14 +137,9 @@ struct AttentionForward {
     for (int64_t key = G::floor(seen.begin); key < seen.end; key += kKeys)
       add_keys(scores, first, rows, {max(key, seen.begin), min(key + kKeys, seen.end)}, slot, s);
     for (int64_t i = 0; i < rows; ++i) {
-      T lse;
-      const T factor = s.softmax.finish(i, lse);
-      S* out = row_of<S>(p.out, b, n, extent.q_start + first + i);
-      if (factor == 0)
-        std::memset((void*)out, 0, p.value_dim * sizeof(S));
-      else
-        write_row(out, s.out + i * padded_value_dim, p.value_dim, factor);
-      if (p.lse) *element_of<T>(p.lse, p.lse_strides, b, n, extent.q_start + first + i) = lse;
+      const int64_t row = extent.q_start + first + i;
+      s.softmax.finish(i, s.out + i * padded_value_dim, p.value_dim, row_of<S>(p.out, b, n, row),
+                       element_of<T>(p.lse, p.lse_strides, b, n, row));
     }
     if (p.q_starts) return;
     const int64_t end = min(p.queries, first + kQueryBlock);

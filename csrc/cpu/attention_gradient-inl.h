@@ -36,11 +36,10 @@ struct QueryBlock {
 
   const AttentionParams& p;
   const L& layout;
-  const S *q_rows, *dout_rows;  // as they are stored
-  T *q, *dout;                  // (kQueryBlock, key_row), scaled; (kQueryBlock, value_row)
-  T *lse, *delta;               // (kQueryBlock); lse is +inf where there is no key, which makes P zero
-  T *weights, *scores;          // (kQueryBlock, kTileRow): P after dropout and dS
-  T* derivative;                // (kTileRow): of the softcap
+  T *q, *dout;          // (kQueryBlock, key_row), scaled; (kQueryBlock, value_row)
+  T *lse, *delta;       // (kQueryBlock); lse is +inf where there is no key, which makes P zero
+  T *weights, *scores;  // (kQueryBlock, kTileRow): P after dropout and dS
+  T* derivative;        // (kTileRow): of the softcap
   uint32_t* words;
 
   static int64_t elements(const L& layout) {
@@ -61,13 +60,12 @@ struct QueryBlock {
   }
 
   // Reads the rows [first, first + rows) of head n.
-  void load_rows(const Extent& extent, int64_t b, int64_t n, int64_t first, int64_t rows) {
+  void load_rows(const Extent& extent, int64_t b, int64_t n, int64_t first, int64_t rows) const {
     const int64_t start = extent.q_start + first;
-    q_rows = row_of<const S>(p.q, b, n, start);
-    dout_rows = row_of<const S>(p.dout, b, n, start);
-    copy_rows(q_rows, p.q.row_stride, rows, p.head_dim, T(p.scale), q, layout.key_row);
+    const S* dout_rows = row_of<const S>(p.dout, b, n, start);
+    copy_rows(row_of<const S>(p.q, b, n, start), p.q.row_stride, rows, p.head_dim, T(p.scale), q, layout.key_row);
     copy_rows(dout_rows, p.dout.row_stride, rows, p.value_dim, T(1), dout, layout.value_row);
-    load_delta(row_of<const S>(p.out, b, n, start), rows);
+    load_delta(dout_rows, row_of<const S>(p.out, b, n, start), rows);
     for (int64_t i = 0; i < rows; ++i) {
       if (p.dlse) delta[i] -= *element_of<const T>(p.dlse, p.dlse_strides, b, n, start + i);
       lse[i] = *element_of<const T>(p.lse, p.lse_strides, b, n, start + i);
@@ -88,11 +86,14 @@ struct QueryBlock {
       const int64_t seen_end = Window::clamp(seen.end - key, begin, columns), end = G::ceil(seen_end);
       T *weight = weights + row * L::kTileRow + begin, *score = scores + row * L::kTileRow + begin;
       if (few_queries(p)) {
-        multiply_rows(q_rows, p.q.row_stride, row, count, p.head_dim, k_rows + begin * p.k.row_stride, p.k.row_stride,
-                      seen_end - begin, T(p.scale), weight);
-        multiply_rows(dout_rows, p.dout.row_stride, row, count, p.value_dim, v_rows + begin * p.v.row_stride,
-                      p.v.row_stride, seen_end - begin, T(1), score);
-        for (int64_t m = 0; m < count; ++m) fill(score + m * L::kTileRow + seen_end - begin, end - seen_end, T(0));
+        dot_streamed(q + row * layout.key_row, layout.key_row, count, p.head_dim, k_rows + begin * p.k.row_stride,
+                     p.k.row_stride, seen_end - begin, weight, L::kTileRow);
+        dot_streamed(dout + row * layout.value_row, layout.value_row, count, p.value_dim,
+                     v_rows + begin * p.v.row_stride, p.v.row_stride, seen_end - begin, score, L::kTileRow);
+        for (int64_t m = 0; m < count; ++m) {
+          fill(weight + m * L::kTileRow + seen_end - begin, end - seen_end, T(0));
+          fill(score + m * L::kTileRow + seen_end - begin, end - seen_end, T(0));
+        }
       } else {
         const int64_t panels = (end - begin) / G::kColumns;
         multiply<Before::kIgnored>(count, panels, p.head_dim, Left<T>{q + row * layout.key_row, layout.key_row, 1},
@@ -114,12 +115,12 @@ struct QueryBlock {
 
  private:
   // delta_i = <dout_i, out_i>, each sum in the order of dO V^T: where a query sees one key alone, dS is then exactly 0.
-  void load_delta(const S* out_rows, int64_t rows) const {
+  void load_delta(const S* dout_rows, const S* out_rows, int64_t rows) const {
     constexpr int lanes = kLanes<T>;
     if (few_queries(p)) {
       for (int64_t i = 0; i < rows; ++i)
-        multiply_rows(dout_rows, p.dout.row_stride, i, 1, p.value_dim, out_rows + i * p.out.row_stride,
-                      p.out.row_stride, 1, T(1), delta + i);
+        dot_streamed(dout + i * layout.value_row, 0, 1, p.value_dim, out_rows + i * p.out.row_stride, 0, 1, delta + i,
+                     0);
       return;
     }
     for (int64_t i = 0; i < rows; i += lanes) {
@@ -132,14 +133,6 @@ struct QueryBlock {
       }
       store_first(delta + i, sum, rows - i);
     }
-  }
-
-  // Products of stored rows [row, row + count), count <= kRows, in rows of a tile.
-  static void multiply_rows(const S* rows, int64_t stride, int64_t row, int64_t count, int64_t depth, const S* b,
-                            int64_t b_stride, int64_t columns, T scale, T* out) {
-    const S* a[G::kRows];
-    for (int64_t m = 0; m < count; ++m) a[m] = rows + (row + m) * stride;
-    multiply_stored(a, count, depth, b, b_stride, columns, scale, out, L::kTileRow);
   }
 
   // Row i: products become P after dropout, gradients of P become those of the products.

@@ -4,6 +4,7 @@
 #include "../kernels.h"
 #include "../math/mask.h"
 #include "simd_math.h"
+#include "streamed_product-inl.h"
 #include "threads.h"
 #include "tile_product-inl.h"
 
@@ -16,16 +17,6 @@ constexpr int64_t kQueryBlock = 96;
 // Backward does as forward did: P = exp(S - lse) is only as exact as S is the same.
 constexpr int64_t kFewRows = 16;
 inline bool few_queries(const AttentionParams& p) { return p.heads / p.kv_heads * p.queries <= kFewRows; }
-
-// out[r * out_row + j] = scale <a[r], b + j * stride> for `count` rows of b.
-template <class S>
-void multiply_stored(const S* const* a, int64_t rows, int64_t depth, const S* b, int64_t stride, int64_t count,
-                     Compute<S> scale, Compute<S>* out, int64_t out_row) {
-  using V = Vec<Compute<S>>;
-  dot_rows<S>(a, rows, depth, b, stride, nullptr, count, out, out_row);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t j = 0; j < count; j += V::kLanes) store(out + r * out_row + j, load(out + r * out_row + j) * V(scale));
-}
 
 // One batch row: its number of queries and keys, and the rows of its tensors where they start.
 struct Extent {
@@ -47,13 +38,13 @@ FASTSEQ_INLINE S* row_of(const Heads& heads, int64_t b, int64_t n, int64_t row) 
   return (S*)heads.data + b * heads.batch_stride + n * heads.head_stride + row * heads.row_stride;
 }
 
-// Element (b, n, row) of lse and its gradient.
+// Element (b, n, row) of lse and its gradient; null if they are.
 template <class T, class P>
 FASTSEQ_INLINE T* element_of(P* data, const int64_t* strides, int64_t b, int64_t n, int64_t row) {
-  return (T*)data + b * strides[0] + n * strides[1] + row * strides[2];
+  return !data ? nullptr : (T*)data + b * strides[0] + n * strides[1] + row * strides[2];
 }
 
-// Rows of storage from rows of results, each times a factor.
+// A row of storage from a row of results, times a factor.
 template <class S>
 FASTSEQ_INLINE void write_row(S* out, const Compute<S>* row, int64_t width, Compute<S> factor) {
   using V = Vec<Compute<S>>;
@@ -89,11 +80,12 @@ struct Arena {
   }
 };
 
-// Below about a million flops a thread, waking it costs more than it saves.
+// Below about a million flops a thread, waking it costs more than it saves. A few queries take five times as long for
+// their flops: they wait for memory.
 inline int attention_threads(const AttentionParams& p) {
-  constexpr double kFlopsPerThread = 1e6;
+  const double flops_per_thread = few_queries(p) ? 2e5 : 1e6;
   const double flops = 2.0 * p.batch * p.heads * p.queries * p.keys * (p.head_dim + p.value_dim);
-  return int(max(1, min(p.threads, flops < 1e15 ? int64_t(flops / kFlopsPerThread) : p.threads)));
+  return int(max(1, min(p.threads, flops < 1e15 ? int64_t(flops / flops_per_thread) : p.threads)));
 }
 
 }  // namespace fastseq::FASTSEQ_ISA

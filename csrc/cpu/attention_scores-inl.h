@@ -178,14 +178,19 @@ struct SoftmaxRows {
     }
   }
 
-  // The factor of a finished row, and its log of the sum of exp.
-  T finish(int64_t row, T& lse) const {
+  // Writes a finished row: the average of values from their weighted sum, and the log of the sum of exp if wanted.
+  template <class S>
+  void finish(int64_t row, const T* values, int64_t width, S* out, T* lse) const {
     if (sum[row] == 0) {
-      lse = -T(__builtin_inff());
-      return 0;
+      if (lse) *lse = -T(__builtin_inff());
+      std::memset((void*)out, 0, width * sizeof(S));
+      return;
     }
-    lse = largest[row] + (std::is_same_v<T, float> ? T(__builtin_logf(float(sum[row]))) : T(__builtin_log(sum[row])));
-    return 1 / sum[row];
+    if (lse) {
+      const T log = std::is_same_v<T, float> ? T(__builtin_logf(float(sum[row]))) : T(__builtin_log(sum[row]));
+      *lse = largest[row] + log;
+    }
+    write_row(out, values, width, 1 / sum[row]);
   }
 };
 

@@ -27,15 +27,15 @@ FASTSEQ_INLINE void dot_tile(const S* const (&w)[NR], const S* const (&a)[MR], i
   FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) sum_lanes(reinterpret_cast<V(&)[NR]>(acc[m * NR]), sums + m * NR);
 }
 
-// out[m * row_stride + u] = bias[u] + dot(w + u * stride, rows[m]) for `units` rows of w. bias may be null.
+// out[m * row_stride + u] = bias[u] + dot(w + u * depth, rows[m]) for `units` <= lanes rows of w. bias may be null.
 template <int NR, int MR, class S>
-void dot_column(const S* const* rows, int64_t depth, const S* w, int64_t stride, const S* bias, int64_t units,
-                Compute<S>* out, int64_t row_stride) {
+void dot_column(const S* const* rows, int64_t depth, const S* w, const S* bias, int64_t units, Compute<S>* out,
+                int64_t row_stride) {
   const S* a[MR];
   FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) a[m] = rows[m];
   for (int64_t first = 0; first < units; first += NR) {
     const S* weight[NR];
-    FASTSEQ_UNROLL for (int i = 0; i < NR; ++i) weight[i] = w + min(first + i, units - 1) * stride;
+    FASTSEQ_UNROLL for (int i = 0; i < NR; ++i) weight[i] = w + min(first + i, units - 1) * depth;
     Compute<S> sums[MR * NR];
     dot_tile<NR, MR>(weight, a, depth, sums);
     const int64_t count = min(NR, units - first);
@@ -50,27 +50,23 @@ void dot_column(const S* const* rows, int64_t depth, const S* w, int64_t stride,
 }  // namespace
 
 template <class S>
-void dot_rows(const S* const* rows, int64_t count, int64_t depth, const S* w, int64_t stride, const S* bias,
-              int64_t units, Compute<S>* out, int64_t row_stride) {
+void dot_rows(const S* const* rows, int64_t count, int64_t depth, const S* w, const S* bias, int64_t units,
+              Compute<S>* out, int64_t row_stride) {
   constexpr int kMostRows = kRegisters * 3 / 4 / 4;
   if (count == 1) {
     constexpr int kWeightRows = kLanes<Compute<S>> < 8 ? kLanes<Compute<S>> : 8;
-    return dot_column<kWeightRows, 1>(rows, depth, w, stride, bias, units, out, row_stride);
+    return dot_column<kWeightRows, 1>(rows, depth, w, bias, units, out, row_stride);
   }
-  constexpr int kWeightRows = kLanes<Compute<S>> < 4 ? 2 : 4;
-  const EvenSplit split(count, kMostRows);
-  for (int64_t part = 0; part < split.parts; ++part)
-    with_constant<kMostRows>(split.count(part), [&](auto mr) {
-      const int64_t m = split.begin(part);
-      dot_column<kWeightRows, decltype(mr)::value>(rows + m, depth, w, stride, bias, units, out + m * row_stride,
-                                                   row_stride);
+  for (int64_t m = 0; m < count; m += kMostRows)
+    with_constant<kMostRows>(min(kMostRows, count - m), [&](auto mr) {
+      dot_column < kLanes<Compute<S>>
+          <4 ? 2 : 4, decltype(mr)::value>(rows + m, depth, w, bias, units, out + m * row_stride, row_stride);
     });
 }
 
-#define FASTSEQ_INSTANTIATE(S) \
-  template void dot_rows(const S* const*, int64_t, int64_t, const S*, int64_t, const S*, int64_t, Compute<S>*, int64_t);
-FASTSEQ_INSTANTIATE(float)
-FASTSEQ_INSTANTIATE(double)
-FASTSEQ_INSTANTIATE(BFloat16)
+template void dot_rows(const float* const*, int64_t, int64_t, const float*, const float*, int64_t, float*, int64_t);
+template void dot_rows(const double* const*, int64_t, int64_t, const double*, const double*, int64_t, double*, int64_t);
+template void dot_rows(const BFloat16* const*, int64_t, int64_t, const BFloat16*, const BFloat16*, int64_t, float*,
+                       int64_t);
 
 }  // namespace fastseq::FASTSEQ_ISA

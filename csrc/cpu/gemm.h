@@ -56,11 +56,11 @@ void multiply_rows(const S* const* rows, int64_t count, int panel_count, int64_t
                    const typename PanelOf<S>::Element* panels, int64_t panel_stride, const Compute<S>* bias,
                    Compute<S>* out, int64_t row_stride, int64_t out_panel_stride);
 
-// The same product from plain weights: out[m * row_stride + u] = bias[u] + dot(w + u * stride, rows[m]) for `units`
-// rows of w; bias may be null. For single steps, where packing would cost six times the step itself.
+// The same product from plain weights: out[m * row_stride + u] = bias[u] + dot(w + u * depth, rows[m]) for `units` <=
+// lanes rows of w; bias may be null. For single steps, where packing would cost six times the step itself.
 template <class S>
-void dot_rows(const S* const* rows, int64_t count, int64_t depth, const S* w, int64_t stride, const S* bias,
-              int64_t units, Compute<S>* out, int64_t row_stride);
+void dot_rows(const S* const* rows, int64_t count, int64_t depth, const S* w, const S* bias, int64_t units,
+              Compute<S>* out, int64_t row_stride);
 
 // The product dG W of gradients with weights. K is (panels, terms, units), in `chunks` parts a panel:
 // A: row m of panel p is a + p * a_panel + m * a_row, its parts follow each other.

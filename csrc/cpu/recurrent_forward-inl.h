@@ -129,7 +129,7 @@ class Forward {
         for (int64_t lane = 0; lane < layout.units(panel + i); lane += L::kLanes) {
           const int gate = kInput ? Cell::input_gate(term) : Cell::recurrent_gate(term);
           const int64_t row = gate * layout.H + (panel + i) * L::kUnits + lane;
-          dot_rows(rows, count, depth, w + row * depth, depth, bias ? bias + row : nullptr,
+          dot_rows(rows, count, depth, w + row * depth, bias ? bias + row : nullptr,
                    min(L::kLanes, layout.units(panel + i) - lane), out + i * panel_stride + term * L::kUnits + lane,
                    L::kWidth);
         }

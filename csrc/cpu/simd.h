@@ -332,7 +332,7 @@ FASTSEQ_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   if constexpr (kLanes<T> > 8) detail::exchange_rows<8>(rows);
 }
 
-// sums[i] = the sum of the lanes of rows[i], in an order that does not depend on kRows, a power of two.
+// sums[i] = the sum of the lanes of rows[i]; kRows is a power of two.
 template <int kRows, class T>
 FASTSEQ_INLINE void sum_lanes(Vec<T> (&rows)[kRows], T* sums) {
   constexpr int lanes = kLanes<T>, block = kRows < lanes ? kRows : lanes;
@@ -354,10 +354,10 @@ FASTSEQ_INLINE void sum_lanes(Vec<T> (&rows)[kRows], T* sums) {
       if constexpr (decltype(bit)::value < lanes && decltype(bit)::value >= block)
         row[0] = row[0] + detail::swap_blocks<decltype(bit)::value>(row[0], std::make_integer_sequence<int, lanes>());
     };
-    fold(std::integral_constant<int, 1>());
-    fold(std::integral_constant<int, 2>());
-    fold(std::integral_constant<int, 4>());
     fold(std::integral_constant<int, 8>());
+    fold(std::integral_constant<int, 4>());
+    fold(std::integral_constant<int, 2>());
+    fold(std::integral_constant<int, 1>());
     store_first(sums + first, row[0], block);
   }
 }
