@@ -36,16 +36,17 @@ struct QueryBlock {
 
   const AttentionParams& p;
   const L& layout;
-  T *q, *dout;          // (kQueryBlock, key_row), scaled; (kQueryBlock, value_row)
-  T *lse, *delta;       // (kQueryBlock); lse is +inf where there is no key, which makes P zero
-  T *weights, *scores;  // (kQueryBlock, kTileRow): P after dropout and dS
-  T* derivative;        // (kTileRow): of the softcap
+  T *q, *dout;                    // (kQueryBlock, key_row), scaled; (kQueryBlock, value_row)
+  T *lse, *delta, *dlse;          // (kQueryBlock); lse is +inf where there is no key, which makes P zero
+  T *weights, *scores;            // (kQueryBlock, kTileRow): P after dropout and dS
+  T *probabilities, *derivative;  // (kTileRow): P of a row, and the derivative of the softcap
   uint32_t* words;
 
   static int64_t elements(const L& layout) {
     using A = Arena<T>;
-    return A::size(kQueryBlock * layout.key_row) + A::size(kQueryBlock * layout.value_row) + 2 * A::size(kQueryBlock) +
-           2 * A::size(kQueryBlock * L::kTileRow) + A::size(L::kTileRow) + A::size(Scores<S>::draw_size(L::kTileRow));
+    return A::size(kQueryBlock * layout.key_row) + A::size(kQueryBlock * layout.value_row) + 3 * A::size(kQueryBlock) +
+           2 * A::size(kQueryBlock * L::kTileRow) + 2 * A::size(L::kTileRow) +
+           A::size(Scores<S>::draw_size(L::kTileRow));
   }
 
   QueryBlock(const AttentionParams& params, const L& layout, Arena<T>& arena) : p(params), layout(layout) {
@@ -53,8 +54,10 @@ struct QueryBlock {
     dout = arena.take(kQueryBlock * layout.value_row);
     lse = arena.take(kQueryBlock);
     delta = arena.take(kQueryBlock);
+    dlse = arena.take(kQueryBlock);
     weights = arena.take(kQueryBlock * L::kTileRow);
     scores = arena.take(kQueryBlock * L::kTileRow);
+    probabilities = arena.take(L::kTileRow);
     derivative = arena.take(L::kTileRow);
     words = (uint32_t*)arena.take(Scores<S>::draw_size(L::kTileRow));
   }
@@ -67,7 +70,8 @@ struct QueryBlock {
     copy_rows(dout_rows, p.dout.row_stride, rows, p.value_dim, T(1), dout, layout.value_row);
     load_delta(dout_rows, row_of<const S>(p.out, b, n, start), rows);
     for (int64_t i = 0; i < rows; ++i) {
-      if (p.dlse) delta[i] -= *element_of<const T>(p.dlse, p.dlse_strides, b, n, start + i);
+      dlse[i] = p.dlse ? *element_of<const T>(p.dlse, p.dlse_strides, b, n, start + i) : T(0);
+      delta[i] -= dlse[i];
       lse[i] = *element_of<const T>(p.lse, p.lse_strides, b, n, start + i);
       if (lse[i] == -T(__builtin_inff())) lse[i] = T(__builtin_inff());
     }
@@ -142,8 +146,8 @@ struct QueryBlock {
     T *weight = weights + i * L::kTileRow, *score = scores + i * L::kTileRow;
     of.apply(first + i, key + begin, end - begin, weight + begin, derivative + begin);
     if (of.drops()) of.draw(first + i, key + begin, end - begin, words + begin);
-    const V shift(lse[i]), mean(delta[i]);
-    const bool capped = of.has_softcap && !of_scores;
+    const V shift(lse[i]);
+    V sum(T(0));
     for (int64_t c = begin; c < end; c += kLanes<T>) {
       const V probability = exp_vanishing(load(weight + c) - shift);
       V kept = probability, gradient = load(score + c);
@@ -151,9 +155,19 @@ struct QueryBlock {
         kept = of.drop(probability, words + c);
         gradient = of.drop(gradient, words + c);
       }
-      gradient = probability * (gradient - mean);
-      if (capped) gradient = gradient * load(derivative + c);
+      sum = fma(probability, gradient, sum);
       store(weight + c, kept);
+      store(score + c, gradient);
+      store(probabilities + c, probability);
+    }
+    // With all keys of the row at hand, the mean of these very gradients: what they err by in common then cancels.
+    const Range seen = of.window.keys_of(first + i, 1);
+    const bool complete = key + begin <= seen.begin && seen.end <= key + end;
+    const V mean(complete ? sum_of_lanes(sum) - dlse[i] : delta[i]);
+    const bool capped = of.has_softcap && !of_scores;
+    for (int64_t c = begin; c < end; c += kLanes<T>) {
+      V gradient = load(probabilities + c) * (load(score + c) - mean);
+      if (capped) gradient = gradient * load(derivative + c);
       store(score + c, gradient);
     }
   }
