@@ -147,7 +147,7 @@ struct QueryBlock {
     of.apply(first + i, key + begin, end - begin, weight + begin, derivative + begin);
     if (of.drops()) of.draw(first + i, key + begin, end - begin, words + begin);
     const V shift(lse[i]);
-    V sum(T(0));
+    V sum(T(0)), total(T(0));
     for (int64_t c = begin; c < end; c += kLanes<T>) {
       const V probability = exp_vanishing(load(weight + c) - shift);
       V kept = probability, gradient = load(score + c);
@@ -156,14 +156,17 @@ struct QueryBlock {
         gradient = of.drop(gradient, words + c);
       }
       sum = fma(probability, gradient, sum);
+      total = total + probability;
       store(weight + c, kept);
       store(score + c, gradient);
       store(probabilities + c, probability);
     }
-    // With all keys of the row at hand, the mean of these very gradients: what they err by in common then cancels.
+    // With all keys of the row at hand, the mean of these very gradients: what they err by in common then cancels, and
+    // so does what lse errs by, which makes the probabilities of large scores add up to 1 + 60 eps.
     const Range seen = of.window.keys_of(first + i, 1);
-    const bool complete = key + begin <= seen.begin && seen.end <= key + end;
-    const V mean(complete ? sum_of_lanes(sum) - dlse[i] : delta[i]);
+    const T all = sum_of_lanes(total);
+    const bool complete = key + begin <= seen.begin && seen.end <= key + end && all > 0;
+    const V mean(complete ? sum_of_lanes(sum) / all - dlse[i] : delta[i]);
     const bool capped = of.has_softcap && !of_scores;
     for (int64_t c = begin; c < end; c += kLanes<T>) {
       V gradient = load(probabilities + c) * (load(score + c) - mean);
