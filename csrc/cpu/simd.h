@@ -249,16 +249,26 @@ FASTSEQ_INLINE void multiply_words(WordLanes a, uint32_t b, WordLanes& high, Wor
   high.raw = low.raw >> 32;
 }
 
+namespace detail {
+
+// a[0] b[0] a[1] b[1] ... in two vectors.
+template <int... kLane>
+FASTSEQ_INLINE void interleave(LongWords& a, LongWords& b, std::integer_sequence<int, kLane...>) {
+  constexpr int lanes = WordLanes::kLanes;
+  constexpr LongWords low = {uint64_t(kLane / 2 + kLane % 2 * lanes)...};
+  const LongWords first = __builtin_shuffle(a, b, low), second = __builtin_shuffle(a, b, low + lanes / 2);
+  a = first;
+  b = second;
+}
+
+}  // namespace detail
+
 // The words of all lanes in the order lane 0: x[0] x[1] x[2] x[3], lane 1: ...
 FASTSEQ_INLINE void store_interleaved(uint32_t* p, const WordLanes (&x)[4]) {
-  const LongWords even = (x[0].raw & 0xffffffffu) | x[1].raw << 32, odd = (x[2].raw & 0xffffffffu) | x[3].raw << 32;
-  LongWords first, second;
-  FASTSEQ_UNROLL for (int i = 0; i < WordLanes::kLanes; ++i) {
-    first[i] = i & 1 ? odd[i / 2] : even[i / 2];
-    second[i] = i & 1 ? odd[(WordLanes::kLanes + i) / 2] : even[(WordLanes::kLanes + i) / 2];
-  }
-  std::memcpy(p, &first, sizeof first);
-  std::memcpy((char*)p + sizeof first, &second, sizeof second);
+  LongWords even = (x[0].raw & 0xffffffffu) | x[1].raw << 32, odd = (x[2].raw & 0xffffffffu) | x[3].raw << 32;
+  detail::interleave(even, odd, std::make_integer_sequence<int, WordLanes::kLanes>());
+  std::memcpy(p, &even, sizeof even);
+  std::memcpy((char*)p + sizeof even, &odd, sizeof odd);
 }
 
 // ---- pairs of bfloat16, the operand of dot products with float32 accumulation ----
