@@ -11,7 +11,7 @@ struct LayerNormBackward {
   using T = Compute<S>;
   using V = Vec<T>;
 
-  static constexpr int kGroup = 4;
+  static constexpr int kGroup = 2;  // four rows of 512 take 7 to 10 % longer: their streams meet in the same cache sets
   // The gradients of weight and bias are sums over blocks of rows, added in order of the blocks. The blocks follow from
   // the shape alone, and so do the results.
   static constexpr int64_t kSmallestBlock = 16, kMostBlocks = 64;
@@ -80,21 +80,31 @@ struct LayerNormBackward {
     V mean_d[kRows], mean_projection[kRows];
     for (int r = 0; r < kRows; ++r) mean_d[r] = mean_projection[r] = V(T(0));
     if (p.dx.data) {
-      for_columns<T>(p.features, [&](int64_t c, int64_t count, int) __attribute__((always_inline)) {
-        const V w = load_or(weight, c, count, T(1));
-        FASTSEQ_UNROLL for (int r = 0; r < kRows; ++r) {
-          const V d = load_first(dy[r] + c, count) * w;
-          mean_d[r] = mean_d[r] + d;
-          mean_projection[r] = fma(d, norm[r].normalize(load_first(z[r] + c, count)), mean_projection[r]);
+      for (int64_t begin = 0; begin < p.features; begin += kSumBlock<T>) {
+        V sum_d[kRows], sum_projection[kRows];
+        for (int r = 0; r < kRows; ++r) sum_d[r] = sum_projection[r] = V(T(0));
+        for_columns<T>(begin, min(begin + kSumBlock<T>, p.features),
+                       [&](int64_t c, int64_t count, int) __attribute__((always_inline)) {
+                         const V w = load_or(weight, c, count, T(1));
+                         FASTSEQ_UNROLL for (int r = 0; r < kRows; ++r) {
+                           const V d = load_first(dy[r] + c, count) * w;
+                           sum_d[r] = sum_d[r] + d;
+                           sum_projection[r] =
+                               fma(d, norm[r].normalize(load_first(z[r] + c, count)), sum_projection[r]);
+                         }
+                       });
+        for (int r = 0; r < kRows; ++r) {
+          mean_d[r] = mean_d[r] + sum_d[r];
+          mean_projection[r] = mean_projection[r] + sum_projection[r];
         }
-      });
+      }
       for (int r = 0; r < kRows; ++r) {
         mean_d[r] = sum_of_lanes(mean_d[r]) / T(p.features);
         mean_projection[r] = sum_of_lanes(mean_projection[r]) / T(p.features);
       }
     }
     T *const dweight = sums ? sum_of_block(block, 0) : nullptr, *const dbias = sums ? sum_of_block(block, 1) : nullptr;
-    for_columns<T>(p.features, [&](int64_t c, int64_t count, int) __attribute__((always_inline)) {
+    for_columns<T>(0, p.features, [&](int64_t c, int64_t count, int) __attribute__((always_inline)) {
       const V w = load_or(weight, c, count, T(1));
       V sum_weight(T(0)), sum_bias(T(0));
       if (sums) sum_weight = load(dweight + c), sum_bias = load(dbias + c);

@@ -16,6 +16,12 @@ from fastseq.ops.checks import check_tensor
 from fastseq.ops.kernel_calls import contiguous, unit_stride
 from fastseq.ops.support import Route
 
+# From how many elements on the kernels are faster than torch's op, measured with 1 and with 4 threads on Zen 3: below,
+# the way to them costs more than they save. A number of elements and not of threads, on which no result may depend.
+FEWEST_ELEMENTS = 2**18  # with a residual
+FEWEST_ELEMENTS_ALONE = 2**19  # without one, and without gradients: torch's backward is as fast
+DTYPES = (torch.float32, torch.float64)  # torch's op in bfloat16 is the faster one
+
 
 def layer_norm(
     input: Tensor,
@@ -41,9 +47,9 @@ def layer_norm(
     Returns:
         The normalized tensor, shaped as the input; with a residual also the sum z.
 
-    Float32, float64 and bfloat16 on the CPU, all arguments of one dtype, run in kernels; bfloat16 computes in float32.
-    Other cases take torch's own op (`fastseq info` prints the table). Results are the same bits on any number of
-    threads.
+    Float32 and float64 on the CPU run in kernels where those are faster: with a residual from 2**18 elements on,
+    without one from 2**19 on where no gradient is recorded. All else takes torch's own op (`fastseq info` prints the
+    table).
 
     Raises:
         TypeError: arguments of wrong types.
@@ -89,7 +95,10 @@ def _normalize(
     residual: Tensor | None,
     want_sum: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    backend = _backend(input, normalized_shape, weight, bias, eps, residual)
+    differentiable = needs_grad(*(t for t in (input, weight, bias, residual) if isinstance(t, Tensor)))
+    backend = None
+    if residual is not None or not differentiable:
+        backend = _backend(input, normalized_shape, weight, bias, eps, residual)
     if backend is None:
         z = input if residual is None else input + residual
         return F.layer_norm(z, normalized_shape, weight, bias, eps), z
@@ -99,7 +108,7 @@ def _normalize(
         input = input.reshape(-1, features)
         residual = None if residual is None else residual.reshape(-1, features)
         weight, bias = (None if t is None else t.reshape(-1) for t in (weight, bias))
-    if needs_grad(input, weight, bias, residual):
+    if differentiable:
         y, z = _apply(backend, eps, input, residual, weight, bias)
     else:
         y, z, _, _ = _forward(backend, eps, input, residual, weight, bias, want_sum, False)
@@ -116,8 +125,10 @@ def _backend(
         return None
     if not all(t is None or isinstance(t, Tensor) for t in (weight, bias)) or type(eps) not in (float, int):
         return None
+    if input.dtype not in DTYPES or input.numel() < (FEWEST_ELEMENTS_ALONE if residual is None else FEWEST_ELEMENTS):
+        return None
     shape = input.shape
-    if shape[-len(normalized_shape) :] != tuple(normalized_shape) or not input.numel():
+    if shape[-len(normalized_shape) :] != tuple(normalized_shape):
         return None
     if not all(t is None or t.shape == shape[-len(normalized_shape) :] for t in (weight, bias)):
         return None
@@ -141,11 +152,11 @@ def _forward(
 
 
 class LayerNormFunction(torch.autograd.Function):
-    """Layer normalization over the kernels.
+    """A residual addition and layer normalization over the kernels.
 
-    `LayerNormFunction.apply(backend, eps, x, residual, weight, bias)` returns y and z, the latter None without a
-    residual: `backend` is a module with `layer_norm_forward` and `layer_norm_backward`, x and residual are (N,), (B, N)
-    or (T, B, N), weight and bias (N,) or None. All four tensors get gradients.
+    `LayerNormFunction.apply(backend, eps, x, residual, weight, bias)` returns the normalized sum y and the sum z:
+    `backend` is a module with `layer_norm_forward` and `layer_norm_backward`, x and residual are (N,), (B, N) or
+    (T, B, N), weight and bias (N,) or None. All four get gradients.
 
     Kept for the backward are z, the weight and the bias, and two numbers a row. The backward adds the gradient that z
     has from elsewhere in its one pass. With `create_graph=True` the gradients come from torch ops.
@@ -166,14 +177,14 @@ class LayerNormFunction(torch.autograd.Function):
         backend: ModuleType,
         eps: float,
         x: Tensor,
-        residual: Tensor | None,
+        residual: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         """See the class."""
         y, z, mean, rstd = _forward(backend, eps, x, residual, weight, bias, True, True)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if z is None else z, weight, bias, mean, rstd)
+        ctx.save_for_backward(z, weight, bias, mean, rstd)
         ctx.how = backend, eps
         return y, z
 
@@ -188,7 +199,7 @@ class LayerNormFunction(torch.autograd.Function):
         needs = (needs_x or needs_residual, *needs_affine)
         if support.kernels_differentiate((dy, dz)):
             dx, dweight, dbias = backend.layer_norm_backward(
-                unit_stride(dy), unit_stride(dz), unit_stride(z), contiguous(weight), mean, rstd, needs=needs
+                unit_stride(dy), unit_stride(dz), z, contiguous(weight), mean, rstd, needs=needs
             )
         else:
             dx, dweight, dbias = composite_backward(
