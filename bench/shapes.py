@@ -107,6 +107,17 @@ class MultiheadShape(NamedTuple):
         return self.B * self.S * self.E * (8 * self.E + 4 * self.S)
 
 
+class NormShape(NamedTuple):
+    """Sizes of a layer normalization."""
+
+    rows: int
+    features: int
+
+    @property
+    def id(self) -> str:
+        return f"R{self.rows}-N{self.features}"
+
+
 SEQUENCES = (
     Shape(1, 100, 128, 128),
     Shape(1, 100, 512, 512),
@@ -139,6 +150,7 @@ MULTIHEADS = (
     MultiheadShape(32, 32, 512, 8),
     MultiheadShape(4, 1024, 512, 8),
 )
+NORMS = (NormShape(8 * 128, 512), NormShape(4 * 1024, 512), NormShape(1 * 512, 768))
 # The scores of torch's training steps with dropout or a mask's gradient are in memory: 1 GiB each at 4096.
 LONGEST_TRAINING = 1024
 WINDOW = 64  # keys before its own that a query sees
@@ -149,3 +161,4 @@ if SMALL:
     PREFILLS = (AttentionShape(1, 2, 7, 7, 8),)
     DECODES = (AttentionShape(2, 4, 1, 9, 8), AttentionShape(2, 4, 1, 9, 8, kv_heads=2))
     MULTIHEADS = (MultiheadShape(2, 5, 8, 2),)
+    NORMS = (NormShape(5, 7),)

@@ -128,11 +128,37 @@ struct AttentionKernels {
   Status (*backward)(const AttentionParams&);
 };
 
+// Layer normalization of the rows of z = x + residual: y = (z - mean) / sqrt(variance + eps) * weight + bias.
+// No output may overlap an input.
+struct LayerNormParams {
+  int64_t steps, batch, features;  // each >= 1; (T, B, N) of every sequence
+  double eps;
+  int threads;  // at most this many
+
+  Sequence x, residual;       // residual null: z is x
+  Sequence z;                 // written by forward beside a residual, null: not wanted; read by backward (without: x)
+  const void *weight, *bias;  // (N) contiguous; null: 1 and 0
+  Sequence y;
+  void *mean, *rstd;  // (T, B) contiguous, float32 or float64; written by forward for backward, null: not wanted
+
+  // backward only
+  Sequence dy;
+  Sequence dz;            // the gradient of z from elsewhere; null: 0
+  Sequence dx;            // that of x and of the residual; null: not wanted
+  void *dweight, *dbias;  // (N), null: not wanted
+};
+
+struct LayerNormKernels {
+  Status (*forward)(const LayerNormParams&);
+  Status (*backward)(const LayerNormParams&);
+};
+
 struct Kernels {
   const char* isa;  // "baseline", "avx2", "avx512", "avx512_bf16"
   int vector_bytes;
   const RecurrentKernels* (*recurrent)(int cell);  // kDtypes entries
   const AttentionKernels* attention;               // kDtypes entries
+  const LayerNormKernels* layer_norm;              // kDtypes entries
   double (*fma_peak)(int dtype, double seconds);   // measured flops per second of one core at full FMA rate
 };
 

@@ -12,13 +12,14 @@ from fastseq.nn import (
     RNN,
     GRUCell,
     KVCache,
+    LayerNorm,
     LSTMCell,
     MultiheadAttention,
     RNNCell,
     TransformerDecoderLayer,
     TransformerEncoderLayer,
 )
-from fastseq.ops import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell, scaled_dot_product_attention
+from fastseq.ops import gru, gru_cell, layer_norm, lstm, lstm_cell, rnn, rnn_cell, scaled_dot_product_attention
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "GRUCell",
     "KVCache",
     "LSTMCell",
+    "LayerNorm",
     "MultiheadAttention",
     "RNNCell",
     "TransformerDecoderLayer",
@@ -40,6 +42,7 @@ __all__ = [
     "fused",
     "gru",
     "gru_cell",
+    "layer_norm",
     "lstm",
     "lstm_cell",
     "ops",

@@ -118,11 +118,27 @@ cdef extern from "kernels.h" namespace "fastseq" nogil:
     struct AttentionKernels:
         Status (*forward)(const AttentionParams&) noexcept nogil
         Status (*backward)(const AttentionParams&) noexcept nogil
+    struct LayerNormParams:
+        int64_t steps, batch, features
+        double eps
+        int threads
+        Sequence x, residual, z, y
+        const void* weight
+        const void* bias
+        void* mean
+        void* rstd
+        Sequence dy, dz, dx
+        void* dweight
+        void* dbias
+    struct LayerNormKernels:
+        Status (*forward)(const LayerNormParams&) noexcept nogil
+        Status (*backward)(const LayerNormParams&) noexcept nogil
     struct Kernels:
         const char* isa
         int vector_bytes
         const RecurrentKernels* (*recurrent)(int) noexcept nogil
         const AttentionKernels* attention
+        const LayerNormKernels* layer_norm
         double (*fma_peak)(int, double) noexcept nogil
     struct Checksum:
         uint64_t sum

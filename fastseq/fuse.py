@@ -24,6 +24,7 @@ _BOTH = {
     nn.LSTMCell: fastseq_nn.LSTMCell,
     nn.GRUCell: fastseq_nn.GRUCell,
     nn.MultiheadAttention: fastseq_nn.MultiheadAttention,
+    nn.LayerNorm: fastseq_nn.LayerNorm,
     nn.TransformerEncoderLayer: fastseq_nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer: fastseq_nn.TransformerDecoderLayer,
 }

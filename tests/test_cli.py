@@ -13,7 +13,7 @@ from fastseq import demo, info
 from fastseq.char_lm import TextError, read_text
 from fastseq.cli import main
 from fastseq.ops import SERVICE
-from fastseq.verify import attention, command, judge, recurrent
+from fastseq.verify import attention, command, judge, layer_norm, recurrent
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -112,6 +112,11 @@ def _is_step(case):
 @pytest.mark.parametrize("dtype", command.DTYPES)
 def test_verify_attention(native, dtype, capsys):
     assert verified("attention", dtype, native, capsys) == 2 * len(list(attention.cases(dtype)))
+
+
+@pytest.mark.parametrize("dtype", command.DTYPES)
+def test_verify_layer_norm(native, dtype, capsys):
+    assert verified("layer_norm", dtype, native, capsys) == 2 * len(list(layer_norm.cases(dtype)))
 
 
 @pytest.fixture
@@ -216,6 +221,23 @@ def test_verify_attention_fails(native, few, monkeypatch, function, damage, caps
     assert main(["verify", "--op", "attention", "--dtype", "float32", "--isa", "baseline"]) == 1
     failure = "training, B=2 N=3/1 L=5 S=7 D=9 E=9, float_mask=NLS, lse: error "
     assert f"FAILED attention baseline float32: {failure}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("function", "damage"),
+    [
+        ("layer_norm_forward", _add_to_output),
+        ("layer_norm_forward", _forget_an_output),
+        ("layer_norm_backward", _add_to_output),
+        ("layer_norm_backward", _forget_an_output),
+    ],
+)
+def test_verify_layer_norm_fails(native, few, monkeypatch, function, damage, capsys):
+    _damage(native, monkeypatch, function, damage)
+    few("layer_norm", layer_norm.Case(2, 3, 65, residual=True))
+    assert main(["verify", "--op", "layer_norm", "--dtype", "float32", "--isa", "baseline"]) == 1
+    failure = "training, T=2 B=3 N=65, residual: error "
+    assert f"FAILED layer_norm baseline float32: {failure}" in capsys.readouterr().out
 
 
 def test_verify_counts_the_failures_it_does_not_show(native, few, monkeypatch, capsys):

@@ -267,5 +267,5 @@ def test_type_checks_of_models_hold():
     assert isinstance(model[0].self_attn, nn.MultiheadAttention)
     assert isinstance(model[1], nn.GRU)
     assert model[1].mode == "GRU"
-    assert [row.name for row in fastseq.fuse_report(model).swapped] == ["0", "0.self_attn", "1"]
+    assert [row.name for row in fastseq.fuse_report(model).swapped] == ["0", "0.self_attn", "0.norm1", "0.norm2", "1"]
     assert type(fastseq.unfuse(fastseq.TransformerDecoderLayer(8, 2)).self_attn) is nn.MultiheadAttention

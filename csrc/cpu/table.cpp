@@ -10,13 +10,14 @@ namespace fastseq::FASTSEQ_ISA {
 extern const RecurrentKernels kRnnTanhKernels[kDtypes], kRnnReluKernels[kDtypes], kLstmKernels[kDtypes],
     kGruKernels[kDtypes];
 extern const AttentionKernels kAttentionKernels[kDtypes];
+extern const LayerNormKernels kLayerNormKernels[kDtypes];
 
 const RecurrentKernels* recurrent_kernels(int cell) {
   const RecurrentKernels* const kernels[kCells] = {kRnnTanhKernels, kRnnReluKernels, kLstmKernels, kGruKernels};
   return kernels[cell];
 }
 
-extern const Kernels kTable = {FASTSEQ_STRINGIFY(FASTSEQ_ISA), kVectorBytes, recurrent_kernels, kAttentionKernels,
-                               fma_peak};
+extern const Kernels kTable = {
+    FASTSEQ_STRINGIFY(FASTSEQ_ISA), kVectorBytes, recurrent_kernels, kAttentionKernels, kLayerNormKernels, fma_peak};
 
 }  // namespace fastseq::FASTSEQ_ISA

@@ -1,4 +1,5 @@
-"""The compiled kernels, as functions of tensors: recurrent layers in one direction and attention, forward and backward.
+"""The compiled kernels, as functions of tensors: recurrent layers in one direction, attention and layer
+normalization, forward and backward.
 
 Of the recurrent functions: T steps, B rows, input size I, hidden size H, G gates. Weights are (w_ih (G*H, I), w_hh
 (G*H, H), b_ih (G*H,), b_hh (G*H,)) in torch's layout and gate order, the biases both None or both given. Cells are
@@ -28,6 +29,8 @@ __all__ = [
     "checksum",
     "fma_peak",
     "isas",
+    "layer_norm_backward",
+    "layer_norm_forward",
     "pack",
     "recurrent_backward",
     "recurrent_forward",
@@ -289,3 +292,48 @@ def attention_backward(
         alibi_slopes, dropout_p, seed % 2**64, torch.get_num_threads(),
     )  # fmt: skip
     return *gradients, dbias if dbias is None else dbias.to(q.dtype)
+
+
+def layer_norm_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    return_sum: bool = True,
+    save: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Layer normalization over the last axis: (y, z, mean, rstd), contiguous.
+
+        z = x + residual, y = (z - mean) / sqrt(var + eps) * weight + bias          with the biased variance
+
+    Args:
+        x, residual: (N,), (B, N) or (T, B, N) with any strides, but 1 along the last axis. residual None: z is x.
+        weight, bias: (N,) contiguous, or None for 1 and 0.
+        return_sum: z, where there is a residual; None otherwise.
+        save: the mean and 1 / sqrt(var + eps) of every row, which `layer_norm_backward` needs, float64 for float64 and
+            else float32; None otherwise.
+    """
+    return _native.layer_norm_forward(x, residual, weight, bias, eps, return_sum, save, torch.get_num_threads())
+
+
+def layer_norm_backward(
+    dy: Tensor,
+    dz: Tensor | None,
+    z: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients (dx, dweight, dbias), None where `needs` says so; dx is that of the residual as well.
+
+    Args:
+        dy: the gradient of y.
+        dz: that of z from elsewhere, which is added to dx. None: zero.
+        z, mean, rstd: what `layer_norm_forward(save=True)` returned, z being x where there was no residual.
+        needs: three bools, in the order of the result.
+    """
+    return _native.layer_norm_backward(dy, dz, z, weight, mean, rstd, needs, torch.get_num_threads())

@@ -5,14 +5,49 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from fastseq.nn.attention import MultiheadAttention
+from fastseq.nn.layer_norm import LayerNorm
+from fastseq.ops.layer_norm import add_layer_norm
+
+# A version of torch that lacks it cannot tell: then norms are called, as torch calls them.
+_has_any_global_hook = getattr(torch_module, "_has_any_global_hook", lambda: True)
+
+
+def _fuses(norm: nn.Module) -> bool:
+    """True where a norm may take over the addition before it: nothing watches the module's calls."""
+    return type(norm) is LayerNorm and not (
+        norm._forward_hooks
+        or norm._forward_pre_hooks
+        or norm._backward_hooks
+        or norm._backward_pre_hooks
+        or "forward" in vars(norm)
+        or _has_any_global_hook()
+    )
+
+
+def _norm_of_sum(norm: nn.Module, x: Tensor, sublayer: Tensor) -> Tensor:
+    """norm(x + sublayer), where a layer ends in its norm."""
+    if _fuses(norm):
+        return add_layer_norm(sublayer, x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return norm(x + sublayer)
+
+
+def _sum_and_norm(norm: nn.Module, x: Tensor, sublayer: Tensor) -> tuple[Tensor, Tensor]:
+    """x + sublayer and its norm, where the next sublayer begins with one."""
+    if _fuses(norm):
+        normalized, x = norm.forward(sublayer, residual=x)
+        return x, normalized
+    x = x + sublayer
+    return x, norm(x)
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """A drop-in `torch.nn.TransformerEncoderLayer`: same arguments, parameters, initialization, state_dict and results.
 
-    Its self-attention is `fastseq.MultiheadAttention`, in evaluation too, where torch's class has a path of its own
+    Its norms are `fastseq.LayerNorm` and take the sums before them along, unless they have hooks. Its self-attention is
+    `fastseq.MultiheadAttention`, in evaluation too, where torch's class has a path of its own
     with another attention inside. That path is taken by calls that the kernels do not serve, such as those with the
     nested tensors that `nn.TransformerEncoder` makes of padded batches.
 
@@ -42,6 +77,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.self_attn.__class__ = MultiheadAttention  # a second one would draw other weights
+        self.norm1.__class__ = self.norm2.__class__ = LayerNorm
 
     def forward(
         self,
@@ -58,16 +94,19 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         ):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if self.norm_first:
-            src = src + self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal=is_causal)
-            return src + self._ff_block(self.norm2(src))
-        src = self.norm1(src + self._sa_block(src, src_mask, src_key_padding_mask, is_causal=is_causal))
-        return self.norm2(src + self._ff_block(src))
+            attended = self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal=is_causal)
+            src, normalized = _sum_and_norm(self.norm2, src, attended)
+            return src + self._ff_block(normalized)
+        attended = self._sa_block(src, src_mask, src_key_padding_mask, is_causal=is_causal)
+        src = _norm_of_sum(self.norm1, src, attended)
+        return _norm_of_sum(self.norm2, src, self._ff_block(src))
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     """A drop-in `torch.nn.TransformerDecoderLayer`: same arguments, parameters, initialization, state_dict and results.
 
-    Both of its attentions are `fastseq.MultiheadAttention`.
+    Both of its attentions are `fastseq.MultiheadAttention`. Its norms are `fastseq.LayerNorm` and take the sums before
+    them along, unless they have hooks.
 
     Args:
         tgt: (L, B, E), (B, L, E) with batch_first, (L, E) unbatched.
@@ -96,3 +135,31 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         super().__init__(*args, **kwargs)
         self.self_attn.__class__ = MultiheadAttention
         self.multihead_attn.__class__ = MultiheadAttention
+        self.norm1.__class__ = self.norm2.__class__ = self.norm3.__class__ = LayerNorm
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """See the class."""
+
+        def attend(x: Tensor) -> Tensor:
+            return self._sa_block(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+
+        def look(x: Tensor) -> Tensor:
+            return self._mha_block(x, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+
+        if self.norm_first:
+            tgt, normalized = _sum_and_norm(self.norm2, tgt, attend(self.norm1(tgt)))
+            tgt, normalized = _sum_and_norm(self.norm3, tgt, look(normalized))
+            return tgt + self._ff_block(normalized)
+        tgt = _norm_of_sum(self.norm1, tgt, attend(tgt))
+        tgt = _norm_of_sum(self.norm2, tgt, look(tgt))
+        return _norm_of_sum(self.norm3, tgt, self._ff_block(tgt))

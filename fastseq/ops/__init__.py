@@ -5,6 +5,7 @@ from fastseq.ops.attention_call import Attention
 from fastseq.ops.attention_function import AttentionFunction
 from fastseq.ops.cell import Cell, Layer
 from fastseq.ops.gru import GRU, gru, gru_cell
+from fastseq.ops.layer_norm import LayerNormFunction, layer_norm
 from fastseq.ops.lstm import LSTM, lstm, lstm_cell
 from fastseq.ops.recurrent import RecurrentFunction, StepFunction
 from fastseq.ops.rnn import RELU, TANH, rnn, rnn_cell
@@ -19,10 +20,12 @@ __all__ = [
     "AttentionFunction",
     "Cell",
     "Layer",
+    "LayerNormFunction",
     "RecurrentFunction",
     "StepFunction",
     "gru",
     "gru_cell",
+    "layer_norm",
     "lstm",
     "lstm_cell",
     "rnn",

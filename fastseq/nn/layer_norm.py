@@ -1,0 +1,36 @@
+"""LayerNorm as a drop-in module."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastseq.ops.layer_norm import layer_norm
+
+
+class LayerNorm(nn.LayerNorm):
+    """A drop-in `torch.nn.LayerNorm`: same arguments, parameters, initialization, state_dict and results.
+
+    Args:
+        input: (*, *normalized_shape).
+        residual: beyond torch: shaped as the input, added to it before it is normalized, in the same pass.
+
+    Returns:
+        Shaped as the input; with a residual the sum as well.
+
+    Raises:
+        What `fastseq.layer_norm` raises.
+
+    Sources: Ba et al., "Layer normalization", 2016;
+        https://pytorch.org/docs/stable/generated/torch.nn.LayerNorm.html
+
+    Example:
+        >>> import torch, fastseq
+        >>> norm, x = fastseq.LayerNorm(16), torch.randn(2, 5, 16)
+        >>> y, z = norm(torch.ones(2, 5, 16), residual=x)
+        >>> torch.equal(z, x + 1), torch.equal(y, norm(z))
+        (True, True)
+    """
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """See the class."""
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, residual=residual)

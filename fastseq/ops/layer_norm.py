@@ -1,0 +1,215 @@
+"""Layer normalization: torch's function over kernels that add the residual in the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastseq.ops import support
+from fastseq.ops.autograd import c_apply, composite_backward, needs_grad
+from fastseq.ops.checks import check_tensor
+from fastseq.ops.kernel_calls import contiguous, unit_stride
+from fastseq.ops.support import Route
+
+# From how many elements on the kernels are faster than torch's op, measured with 1 and with 4 threads on Zen 3: below,
+# the way to them costs more than they save. A number of elements and not of threads, on which no result may depend.
+FEWEST_ELEMENTS = 2**18  # with a residual
+FEWEST_ELEMENTS_ALONE = 2**19  # without one, and without gradients: torch's backward is as fast
+DTYPES = (torch.float32, torch.float64)  # torch's op in bfloat16 is the faster one
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(z - mean) / sqrt(var + eps) * weight + bias over the last axes, with torch's arguments, results and errors.
+
+    z is the input, or input + residual: the sum and its normalization, which follow each other in every Transformer
+    layer, are then one pass over memory, forward and backward.
+
+    Args:
+        input: (*, *normalized_shape).
+        normalized_shape: the sizes of the last axes, over which mean and biased variance are taken.
+        weight, bias: of shape normalized_shape; None for 1 and 0.
+        eps: added to the variance.
+        residual: shaped as the input.
+
+    Returns:
+        The normalized tensor, shaped as the input; with a residual also the sum z.
+
+    Float32 and float64 on the CPU run in kernels where those are faster: with a residual from 2**18 elements on,
+    without one from 2**19 on where no gradient is recorded. All else takes torch's own op (`fastseq info` prints the
+    table).
+
+    Raises:
+        TypeError: arguments of wrong types.
+        RuntimeError: what torch raises for shapes, dtypes and devices that do not fit; a residual not shaped as input.
+
+    Sources: Ba et al., "Layer normalization", 2016;
+        https://pytorch.org/docs/stable/generated/torch.nn.functional.layer_norm.html
+
+    Example:
+        >>> import torch, fastseq
+        >>> x, sublayer = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+        >>> y, z = fastseq.layer_norm(sublayer, (16,), residual=x)
+        >>> torch.equal(z, x + sublayer), y.shape
+        (True, torch.Size([2, 5, 16]))
+    """
+    if residual is None:
+        return _normalize(input, normalized_shape, weight, bias, eps, None, False)[0]
+    check_tensor("residual", residual)
+    if isinstance(input, Tensor) and residual.shape != input.shape:
+        raise RuntimeError(f"residual must have the shape of input, {tuple(input.shape)}, got {tuple(residual.shape)}")
+    return _normalize(input, normalized_shape, weight, bias, eps, residual, True)
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """The first result of `layer_norm` with a residual, for callers that do not need the sum: without gradients it is
+    not written."""
+    return _normalize(input, normalized_shape, weight, bias, eps, residual, False)[0]
+
+
+def _normalize(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    want_sum: bool,
+) -> tuple[Tensor, Tensor | None]:
+    differentiable = needs_grad(*(t for t in (input, weight, bias, residual) if isinstance(t, Tensor)))
+    backend = None
+    if residual is not None or not differentiable:
+        backend = _backend(input, normalized_shape, weight, bias, eps, residual)
+    if backend is None:
+        z = input if residual is None else input + residual
+        return F.layer_norm(z, normalized_shape, weight, bias, eps), z
+    shape, axes = input.shape, len(normalized_shape)
+    if axes > 1 or len(shape) > 3:  # views for autograd to see
+        features = shape[-axes:].numel()
+        input = input.reshape(-1, features)
+        residual = None if residual is None else residual.reshape(-1, features)
+        weight, bias = (None if t is None else t.reshape(-1) for t in (weight, bias))
+    if differentiable:
+        y, z = _apply(backend, eps, input, residual, weight, bias)
+    else:
+        y, z, _, _ = _forward(backend, eps, input, residual, weight, bias, want_sum, False)
+    if y.shape == shape:
+        return y, z
+    return y.view(shape), None if z is None else z.view(shape)
+
+
+def _backend(
+    input: object, normalized_shape: object, weight: object, bias: object, eps: object, residual: object
+) -> ModuleType | None:
+    """The backend that serves a call; None where torch's op is to compute it, or to name the mistake."""
+    if not isinstance(input, Tensor) or not isinstance(normalized_shape, tuple | list) or not normalized_shape:
+        return None
+    if not all(t is None or isinstance(t, Tensor) for t in (weight, bias)) or type(eps) not in (float, int):
+        return None
+    if input.dtype not in DTYPES or input.numel() < (FEWEST_ELEMENTS_ALONE if residual is None else FEWEST_ELEMENTS):
+        return None
+    shape = input.shape
+    if shape[-len(normalized_shape) :] != tuple(normalized_shape):
+        return None
+    if not all(t is None or t.shape == shape[-len(normalized_shape) :] for t in (weight, bias)):
+        return None
+    route, backend = support.route((input, weight, bias, residual))
+    return backend if route is Route.KERNELS else None
+
+
+def _forward(
+    backend: ModuleType,
+    eps: float,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    want_sum: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    return backend.layer_norm_forward(
+        unit_stride(x), unit_stride(residual), contiguous(weight), contiguous(bias), eps, return_sum=want_sum, save=save
+    )
+
+
+class LayerNormFunction(torch.autograd.Function):
+    """A residual addition and layer normalization over the kernels.
+
+    `LayerNormFunction.apply(backend, eps, x, residual, weight, bias)` returns the normalized sum y and the sum z:
+    `backend` is a module with `layer_norm_forward` and `layer_norm_backward`, x and residual are (N,), (B, N) or
+    (T, B, N), weight and bias (N,) or None. All four get gradients.
+
+    Kept for the backward are z, the weight and the bias, and two numbers a row. The backward adds the gradient that z
+    has from elsewhere in its one pass. With `create_graph=True` the gradients come from torch ops.
+
+    Example:
+        >>> import torch
+        >>> from fastseq import backends
+        >>> from fastseq.ops import LayerNormFunction
+        >>> x = torch.randn(3, 8, requires_grad=True)
+        >>> if (backend := backends.select()) is not None:
+        ...     y, z = LayerNormFunction.apply(backend, 1e-5, x, x, None, None)
+        ...     (y * z).sum().backward()
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: ModuleType,
+        eps: float,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        y, z, mean, rstd = _forward(backend, eps, x, residual, weight, bias, True, True)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(z, weight, bias, mean, rstd)
+        ctx.how = backend, eps
+        return y, z
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple:
+        """Gradients of x, residual, weight and bias, None for those that need none."""
+        needs_x, needs_residual, *needs_affine = ctx.needs_input_grad[2:]
+        if dy is None:
+            return None, None, dz if needs_x else None, dz if needs_residual else None, None, None
+        z, weight, bias, mean, rstd = ctx.saved_tensors
+        backend, eps = ctx.how
+        needs = (needs_x or needs_residual, *needs_affine)
+        if support.kernels_differentiate((dy, dz)):
+            dx, dweight, dbias = backend.layer_norm_backward(
+                unit_stride(dy), unit_stride(dz), z, contiguous(weight), mean, rstd, needs=needs
+            )
+        else:
+            dx, dweight, dbias = composite_backward(
+                lambda z, weight, bias: (F.layer_norm(z, z.shape[-1:], weight, bias, eps),),
+                (z, weight, bias),
+                (dy,),
+                needs,
+            )
+            dx = dx if dx is None or dz is None else dx + dz
+        return None, None, dx if needs_x else None, dx if needs_residual else None, dweight, dbias
+
+
+_apply = c_apply(LayerNormFunction)
