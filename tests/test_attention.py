@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 
-import attention_stand_in
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,11 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 import fastseq
 from fastseq.ops import attention_composite
+from fastseq.reference import (
+    philox4x32,
+    scaled_dot_product_attention_backward,
+    scaled_dot_product_attention_forward,
+)
 
 sdpa = fastseq.scaled_dot_product_attention
 both_routes = pytest.mark.usefixtures("route")
@@ -22,13 +27,16 @@ def make(*shape, dtype=torch.float64, requires_grad=True):
     return torch.randn(*shape, dtype=dtype, requires_grad=requires_grad)
 
 
+def given(outputs):
+    """The gradients of outputs, the same on every call."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
+
+
 def gradients(outputs, inputs):
     """Gradients of a weighted sum of all finite outputs."""
-    generator = torch.Generator().manual_seed(1)
-    loss = 0
-    for o in outputs:
-        weight = torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)
-        loss = loss + (torch.where(o.isfinite(), o, 0) * weight).sum()
+    pairs = zip(outputs, given(outputs), strict=True)
+    loss = sum((torch.where(o.isfinite(), o, 0) * weight.to(o.dtype)).sum() for o, weight in pairs)
     return torch.autograd.grad(loss, inputs)
 
 
@@ -316,76 +324,63 @@ def test_wrong_packed_arguments():
         sdpa(q, k, k, lengths_k=[1])
 
 
-# ---- beyond torch, against one head and one sequence at a time
+# ---- beyond torch, against the reference
 
 
-def alone(q, k, v, bias=None, allowed=None, lengths_q=None, lengths_k=None, seed=0, **options):
-    """out and lse of 4-D tensors by the formula, head by head."""
-    chosen = {"scale": q.shape[3] ** -0.5, "softcap": 0.0, "left": None, "right": None, "lower_right": False,
-              "dropout_p": 0.0, "seed": seed, **options}  # fmt: skip
-    slopes = chosen.pop("slopes", None)
-    batch, heads, queries, _ = q.shape
-    groups = heads // k.shape[1]
-    scores = (batch, heads, queries, k.shape[2])
-    bias, allowed = (None if m is None else m.expand(scores) for m in (bias, allowed))
-    outs, lses = [], []
-    for b, n in itertools.product(range(batch), range(heads)):
-        lq = queries if lengths_q is None else lengths_q[b]
-        lk = k.shape[2] if lengths_k is None else lengths_k[b]
-        out, lse = attention_stand_in.one_head(
-            q[b, n, :lq], k[b, n // groups, :lk], v[b, n // groups, :lk],
-            None if bias is None else bias[b, n, :lq, :lk], None if allowed is None else allowed[b, n, :lq, :lk],
-            b * heads + n, None if slopes is None else slopes.expand(batch, heads)[b, n].double(), **chosen,
-        )  # fmt: skip
-        outs.append(F.pad(out, (0, 0, 0, queries - lq)))
-        lses.append(F.pad(lse, (0, queries - lq), value=-math.inf))
-    return torch.stack(outs).unflatten(0, (batch, heads)), torch.stack(lses).unflatten(0, (batch, heads))
+def by_reference(q, k, v, mask=None, **options):
+    """out, lse and the gradients of all that has one, for the weights of `gradients`."""
+    arrays = [t if t is None else t.detach().numpy() for t in (q, k, v, mask)]
+    out, cache = scaled_dot_product_attention_forward(*arrays, **options)
+    results = out, cache.lse
+    dout, dlse = (weight.numpy() for weight in given(results))
+    wants_mask = mask is not None and mask.requires_grad
+    results += scaled_dot_product_attention_backward(dout, cache, dlse, return_dmask=wants_mask)
+    return [torch.from_numpy(a) for a in results]
 
 
 SLOPES = torch.tensor([0.5, 0.1, 0.3, 0.7])
 ALLOWED = torch.rand(2, 1, 5, 7, generator=torch.Generator().manual_seed(3)) < 0.8
+LOWER_RIGHT = {"is_causal": True, "lower_right": True}
 BEYOND = [
-    ({"causal": "upper_left"}, {"right": 0}),
-    ({"causal": "lower_right"}, {"right": 0, "lower_right": True}),
-    ({"window": (2, 1)}, {"left": 2, "right": 1}),
-    ({"window": (None, 1)}, {"right": 1}),
-    ({"window": (0, -1)}, {"left": 0}),
-    ({"window": (2, 3), "is_causal": True}, {"left": 2, "right": 0}),
-    ({"window": (2, 3), "causal": "lower_right"}, {"left": 2, "right": 0, "lower_right": True}),
+    ({"causal": "upper_left"}, {"is_causal": True}),
+    ({"causal": "lower_right"}, LOWER_RIGHT),
+    ({"window": (2, 1)}, {"window": (2, 1)}),
+    ({"window": (None, 1)}, {"window": (None, 1)}),
+    ({"window": (0, -1)}, {"window": (0, None)}),
+    ({"window": (2, 3), "is_causal": True}, {"window": (2, 0)}),
+    ({"window": (2, 3), "causal": "lower_right"}, {"window": (2, 3), **LOWER_RIGHT}),
     ({"softcap": 0.7}, {"softcap": 0.7}),
-    ({"softcap": 0.0, "return_lse": True}, {}),
-    ({"alibi_slopes": SLOPES}, {"slopes": SLOPES}),
-    ({"alibi_slopes": torch.stack([SLOPES, -SLOPES])}, {"slopes": torch.stack([SLOPES, -SLOPES])}),
-    ({"alibi_slopes": SLOPES, "causal": "lower_right"}, {"slopes": SLOPES, "right": 0, "lower_right": True}),
+    ({"softcap": 0.0}, {}),
+    ({"alibi_slopes": SLOPES}, {"alibi_slopes": SLOPES}),
+    ({"alibi_slopes": torch.stack([SLOPES, -SLOPES])}, {"alibi_slopes": torch.stack([SLOPES, -SLOPES])}),
+    ({"alibi_slopes": SLOPES, "causal": "lower_right"}, {"alibi_slopes": SLOPES, **LOWER_RIGHT}),
     ({"lengths_k": [3, 7]}, {"lengths_k": [3, 7]}),
     ({"lengths_q": [5, 0], "lengths_k": [0, 4]}, {"lengths_q": [5, 0], "lengths_k": [0, 4]}),
     ({"lengths_q": torch.tensor([2, 5]), "lengths_k": [6, 1], "causal": "lower_right"},
-     {"lengths_q": [2, 5], "lengths_k": [6, 1], "right": 0, "lower_right": True}),
-    ({"attn_mask": ALLOWED, "causal": "lower_right"}, {"allowed": ALLOWED, "right": 0, "lower_right": True}),
+     {"lengths_q": [2, 5], "lengths_k": [6, 1], **LOWER_RIGHT}),
+    ({"attn_mask": ALLOWED, "causal": "lower_right"}, {"mask": ALLOWED, **LOWER_RIGHT}),
     ({"softcap": 0.7, "scale": 1.3, "window": (4, 1), "lengths_k": [3, 7], "alibi_slopes": SLOPES},
-     {"softcap": 0.7, "scale": 1.3, "left": 4, "right": 1, "lengths_k": [3, 7], "slopes": SLOPES}),
+     {"softcap": 0.7, "scale": 1.3, "window": (4, 1), "lengths_k": [3, 7], "alibi_slopes": SLOPES}),
 ]  # fmt: skip
 
 
 @both_routes
-@pytest.mark.parametrize(("options", "formula"), BEYOND, ids=[" ".join(o) + f" {i}" for i, (o, _) in enumerate(BEYOND)])
+@pytest.mark.parametrize(
+    ("options", "specified"), BEYOND, ids=[" ".join(o) + f" {i}" for i, (o, _) in enumerate(BEYOND)]
+)
 @pytest.mark.parametrize("heads", [4, 2])
-def test_beyond_torch(options, formula, heads):
+def test_beyond_torch(options, specified, heads):
     q, k, v = make(2, 4, 5, 8), make(2, heads, 7, 8), make(2, heads, 7, 3)
-    found = sdpa(q, k, v, enable_gqa=True, **{**options, "return_lse": True})
-    wanted = alone(q, k, v, **formula)
-    assert_close(list(found), list(wanted))
-    assert_close(gradients(found, (q, k, v)), gradients(wanted, (q, k, v)))
+    specified = {name: o.double().numpy() if name == "alibi_slopes" else o for name, o in specified.items()}
+    found = sdpa(q, k, v, enable_gqa=True, return_lse=True, **options)
+    assert_close([*found, *gradients(found, (q, k, v))], by_reference(q, k, v, **specified))
     if "attn_mask" not in options:
         mask = make(1, 4, 1, 7)
         found = sdpa(q, k, v, mask, enable_gqa=True, return_lse=True, **_without_is_causal(options))
-        wanted = alone(q, k, v, bias=mask, **formula)
-        assert_close(list(found), list(wanted))
-        assert_close(gradients(found, (q, k, v, mask)), gradients(wanted, (q, k, v, mask)))
+        assert_close([*found, *gradients(found, (q, k, v, mask))], by_reference(q, k, v, mask, **specified))
 
 
 def _without_is_causal(options):
-    options = {name: value for name, value in options.items() if name != "return_lse"}
     return {**options, "causal": "upper_left"} | {"is_causal": False} if options.get("is_causal") else options
 
 
@@ -430,18 +425,14 @@ def test_packed(options, batched):
 # ---- dropout
 
 
-def test_philox_is_salmons():
-    """The test vectors of Random123 for 7 rounds."""
-    assert attention_stand_in.philox(0, (0, 0, 0, 0)) == (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)
-
-
 def test_philox_in_torch():
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         seed = int(torch.randint(2**63 - 1, (), generator=generator))
         counter = [int(c) for c in torch.randint(2**32, (3,), generator=generator)]
         found = attention_composite.philox(torch.tensor(seed), *map(torch.tensor, counter))
-        assert tuple(map(int, found)) == attention_stand_in.philox(seed, (*counter, 0))
+        wanted = philox4x32(np.array([*counter, 0]), (seed & 0xFFFFFFFF, seed >> 32))
+        assert list(map(int, found)) == wanted.tolist()
 
 
 @both_routes
@@ -452,9 +443,8 @@ def test_dropout():
     found = sdpa(q, k, v, mask, **options)
     torch.manual_seed(5)
     seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64))
-    wanted = alone(q, k, v, bias=mask, dropout_p=0.3, seed=seed)
-    assert_close(list(found), list(wanted))
-    assert_close(gradients(found, (q, k, v, mask)), gradients(wanted, (q, k, v, mask)))
+    wanted = by_reference(q, k, v, mask, dropout_p=0.3, seed=seed)
+    assert_close([*found, *gradients(found, (q, k, v, mask))], wanted)
     torch.manual_seed(5)
     assert torch.equal(sdpa(q, k, v, mask, **options)[0], found[0])
     assert not torch.equal(sdpa(q, k, v, mask, **options)[0], found[0])

@@ -1,14 +1,19 @@
-"""The attention kernels against the formula in float64 (longdouble for float64), with torch's SDPA as the yardstick."""
+"""The attention kernels by the error rule: verify's comparison, over more shapes; and what no comparison sees."""
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
-import attention_formula
+import numpy as np
 import pytest
 import torch
-from attention_formula import DTYPES, NAMES, check, heads, make, ours, philox
+from attention_calls import DTYPES, NAMES, heads, make, run
 from torch.nn.functional import scaled_dot_product_attention
+
+from fastseq.verify import attention, judge
+from fastseq.verify.attention import Case, kernel_results, make_inputs, reference_results, torch_results
+from fastseq.verify.tensors import exact_dtype
 
 native = pytest.importorskip("fastseq.backends.native", reason="the extension is not built")
 
@@ -27,6 +32,17 @@ def threads():
     torch.set_num_threads(before)
 
 
+def check(case: Case, dtype: torch.dtype, **replaced: torch.Tensor) -> None:
+    """Every instruction set on a case, with some of its inputs replaced."""
+    inputs = replace(make_inputs(case, dtype), **replaced)
+    reference, yardstick = reference_results(case, inputs, exact_dtype(dtype)), torch_results(case, inputs)
+    for isa in native.isas():
+        (_, inference), (_, training) = kernel_results(native, case, inputs, isa)
+        assert np.array_equal(inference["out"], training["out"]), f"{isa}, {case}"
+        verdict = judge(training, yardstick, reference, str(dtype).removeprefix("torch."))
+        assert verdict.ok, f"{isa}, {case}: {verdict}"
+
+
 # ---- sizes
 
 SIZES = (1, 7, 63, 65, 127, 129, 1000)
@@ -39,30 +55,30 @@ DIMS = (1, 8, 40, 64, 80, 96, 128, 256)
 def test_self_attention(S, D, dtype):
     if dtype == torch.float64 and S * D > 127 * 128:
         pytest.skip("longdouble would take seconds; the same code serves float32")
-    for right in (None, 0):
-        check(*make(1, 2, 2, S, S, D, D, dtype, right=right))
+    for options in ({}, {"is_causal": True}, {"lse": True}):
+        check(Case(1, 2, 2, S, S, D, D, **options), dtype)
 
 
 @each_dtype
 @pytest.mark.parametrize("lower_right", [False, True], ids=["upper_left", "lower_right"])
 @pytest.mark.parametrize(("L", "S"), [(1, 65), (3, 1000), (7, 3), (63, 129), (129, 63), (200, 7), (20, 600)])
 def test_cross_attention(L, S, lower_right, dtype):
-    check(*make(2, 2, 1, L, S, 24, 40, dtype))
-    check(*make(2, 2, 1, L, S, 24, 40, dtype, right=0, lower_right=lower_right))
+    check(Case(2, 2, 1, L, S, 24, 40), dtype)
+    check(Case(2, 2, 1, L, S, 24, 40, is_causal=True, lower_right=lower_right), dtype)
 
 
 @each_dtype
 @pytest.mark.parametrize(("D", "E"), [(8, 64), (65, 7), (40, 1), (17, 33)])
 def test_values_of_another_width(D, E, dtype):
     for L in (2, 70):
-        check(*make(2, 3, 3, L, 65, D, E, dtype))
+        check(Case(2, 3, 3, L, 65, D, E), dtype)
 
 
 @each_dtype
 @pytest.mark.parametrize(("N", "Nk"), [(4, 1), (6, 2), (32, 2)])
 def test_grouped_queries(N, Nk, dtype):
     for L in (1, 3, 65):
-        check(*make(2, N, Nk, L, 129, 16, 16, dtype, right=0, lower_right=True))
+        check(Case(2, N, Nk, L, 129, 16, 16, is_causal=True, lower_right=True), dtype)
 
 
 # ---- masks
@@ -71,102 +87,91 @@ def test_grouped_queries(N, Nk, dtype):
 @each_dtype
 @pytest.mark.parametrize("window", [(0, 0), (5, 3), (64, 0), (None, 7), (100, None), (-2, 9), (3, -3)])
 def test_window(window, dtype):
-    left, right = window
     for L, S, lower_right in ((2, 300, True), (129, 129, False), (65, 200, True), (200, 65, False)):
-        check(*make(1, 2, 2, L, S, 16, 16, dtype, left=left, right=right, lower_right=lower_right))
+        check(Case(1, 2, 2, L, S, 16, 16, window=window, lower_right=lower_right), dtype)
 
 
 @each_dtype
 def test_lengths(dtype):
-    q_lengths, k_lengths = torch.tensor([129, 0, 64, 7]), torch.tensor([0, 300, 129, 65])
-    for options in ({}, {"right": 0, "lower_right": True}, {"left": 20, "right": 4}):
-        check(*make(4, 2, 1, 129, 300, 16, 24, dtype, q_lengths=q_lengths, k_lengths=k_lengths, **options))
-        few = torch.tensor([1, 0, 3, 2])
-        check(*make(4, 2, 1, 3, 300, 16, 24, dtype, q_lengths=few, k_lengths=k_lengths, **options))
+    keys = torch.tensor([0, 300, 129, 65])
+    for queries in ([129, 0, 64, 7], [1, 0, 3, 2]):
+        plain = Case(4, 2, 1, max(queries), 300, 16, 24, lengths="qk")
+        lengths = {"lengths_q": torch.tensor(queries), "lengths_k": keys}
+        check(plain, dtype, **lengths)
+        check(replace(plain, is_causal=True, lower_right=True, lse=True), dtype, **lengths)
+        check(replace(plain, window=(20, 4)), dtype, **lengths)
 
 
 @each_dtype
 def test_boolean_mask(dtype):
     for L in (3, 129):
-        for shape in ((2, 2, L, 65), (1, 1, L, 65), (2, 1, 1, 65), (1, 2, L, 1)):
-            allowed = (torch.rand(shape) < 0.7).expand(2, 2, L, 65)
-            check(*make(2, 2, 2, L, 65, 16, 16, dtype, allowed=allowed))
+        for axes in ("BNLS", "LS", "BS", "NL"):
+            check(Case(2, 2, 2, L, 65, 16, 16, bool_mask=axes), dtype)
         strided = (torch.rand(65, L, 2, 2) < 0.7).permute(3, 2, 1, 0)
-        check(*make(2, 2, 2, L, 65, 16, 16, dtype, allowed=strided))
+        check(Case(2, 2, 2, L, 65, 16, 16, bool_mask="BNLS"), dtype, allowed=strided)
+
+
+AXES = [axes for n in range(5) for axes in itertools.combinations(range(4), n)]
 
 
 @each_dtype
-@pytest.mark.parametrize("shape", [(b, n, i, j) for b, n, i, j in itertools.product((0, 1), repeat=4)], ids=str)
-def test_bias_and_its_gradient(shape, dtype):
+@pytest.mark.parametrize("whole", AXES, ids=lambda axes: "".join(attention.AXES[a] for a in axes) or "scalar")
+def test_bias_and_its_gradient(whole, dtype):
     for sizes in ((3, 4, 3, 250), (2, 4, 110, 65)):
-        bias_shape = tuple(size if whole else 1 for size, whole in zip(sizes, shape, strict=True))
         B, N, L, S = sizes
-        inputs, options = make(B, N, 2, L, S, 16, 16, dtype, bias_shape=bias_shape)
-        check(inputs, options, bias_shape)
+        bias = torch.randn([size if axis in whole else 1 for axis, size in enumerate(sizes)]).to(dtype)
+        check(Case(B, N, 2, L, S, 16, 16, float_mask="BNLS"), dtype, bias=bias)
 
 
 @each_dtype
 def test_alibi(dtype):
     slopes = torch.rand(2, 4)[:, :2]
     for L, lower_right in ((3, True), (129, False)):
-        check(*make(2, 2, 2, L, 200, 16, 16, dtype, alibi_slopes=slopes, lower_right=lower_right))
+        check(Case(2, 2, 2, L, 200, 16, 16, alibi=True, lower_right=lower_right), dtype, alibi_slopes=slopes)
 
 
 @each_dtype
 def test_softcap(dtype):
     for L in (3, 129):
-        check(*make(2, 8, 2, L, 65, 16, 16, dtype, softcap=2.0, scale=1.0))
-        inputs, options = make(2, 8, 2, L, 65, 16, 16, dtype, bias_shape=(1, 8, L, 65), softcap=0.7, scale=0.5, right=0)
-        check(inputs, options, (1, 8, L, 65))
-
-
-# ---- dropout
-
-
-def test_philox_of_the_test():
-    """The first and the second known answer of the paper's test vectors."""
-    assert [int(word) for word in philox([0, 0, 0, 0], (0, 0))] == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
-    ones = 0xFFFFFFFF
-    assert [int(word) for word in philox([ones] * 4, (ones, ones))] == [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]
+        check(Case(2, 8, 2, L, 65, 16, 16, softcap=2.0, logits=4.0), dtype)
+        check(Case(2, 8, 2, L, 65, 16, 16, float_mask="NLS", softcap=0.7, logits=2.0, is_causal=True), dtype)
 
 
 @each_dtype
 def test_dropout(dtype):
     for L, S in ((2, 300), (129, 65), (100, 1000)):
-        for options in ({}, {"left": 30, "right": 11, "lower_right": True}):
-            check(*make(1, 2, 1, L, S, 16, 16, dtype, dropout_p=0.3, seed=0x123456789ABCDEF0, **options))
+        for options in ({}, {"window": (30, 11), "lower_right": True}):
+            check(Case(1, 2, 1, L, S, 16, 16, dropout_p=0.3, **options), dtype)
 
 
-def test_everything_at_once():
-    B, N, L, S = 3, 4, 130, 150
-    options = {
-        "softcap": 3.0,
-        "left": 70,
-        "right": 20,
-        "lower_right": True,
-        "q_lengths": torch.tensor([130, 61, 0]),
-        "k_lengths": torch.tensor([149, 150, 3]),
-        "alibi_slopes": torch.rand(B, N) / 8,
-        "dropout_p": 0.2,
-        "seed": 2**63 - 5,
-        "allowed": (torch.rand(B, 1, L, S) < 0.8).expand(B, N, L, S),
-    }
-    for dtype in DTYPES:
-        inputs, keywords = make(B, N, 2, L, S, 20, 12, dtype, bias_shape=(1, N, L, S), **options)
-        check(inputs, keywords, (1, N, L, S))
+@each_dtype
+def test_everything_at_once(dtype):
+    case = Case(
+        3, 4, 2, 130, 150, 20, 12, bool_mask="BLS", float_mask="NLS", lower_right=True, window=(70, 20), lengths="qk",
+        softcap=3.0, alibi=True, dropout_p=0.2, lse=True,
+    )  # fmt: skip
+    check(case, dtype, lengths_q=torch.tensor([130, 61, 0]), lengths_k=torch.tensor([149, 150, 3]))
 
 
 def test_a_wrong_result_is_seen(monkeypatch):
     """The comparison is not blind: a gradient off by 1e-5 fails, and so does a window of one key less."""
-    inputs, options = make(1, 1, 1, 65, 65, 16, 16, torch.float32, right=0)
-    original, results = ours, ours(inputs, options)
-    results["dk"][0, 0, 3, 2] += 1e-5
-    monkeypatch.setattr(attention_formula, "ours", lambda *_: results)
-    with pytest.raises(AssertionError, match="Verdict"):
-        check(inputs, options)
-    results = original(inputs, options | {"left": 63})
-    with pytest.raises(AssertionError, match="Verdict"):
-        check(inputs, options)
+    case = Case(1, 1, 1, 65, 65, 16, 16, is_causal=True)
+    sound = native.attention_backward
+
+    def damaged(*arguments, **options):
+        gradients = sound(*arguments, **options)
+        gradients[1][0, 0, 3, 2] += 1e-5
+        return gradients
+
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "attention_backward", damaged)
+        with pytest.raises(AssertionError, match="Verdict"):
+            check(case, torch.float32)
+    inputs = make_inputs(case, torch.float32)
+    wider = replace(case, window=(63, None))
+    reference, yardstick = reference_results(case, inputs, exact_dtype(torch.float32)), torch_results(case, inputs)
+    for _, results in kernel_results(native, wider, inputs, native.active_isa()):
+        assert not judge(results, yardstick, reference, "float32").ok
 
 
 # ---- values that are not ordinary
@@ -182,7 +187,7 @@ def test_large_scores(L, dtype):
     out, lse = native.attention_forward(q, k, v, scale=1000.0, return_lse=True)
     assert torch.equal(out, v[:, :, 500:501].expand_as(out))
     assert (lse == 1000).all()
-    check(*make(3, 8, 8, L, 300, 16, 16, dtype, scale=4.0))
+    check(Case(2, 8, 8, L, 300, 16, 16, logits=16.0), dtype)
 
 
 @each_dtype
@@ -194,7 +199,7 @@ def test_masked_rows(L, dtype):
     allowed[:, :, 1] = False
     bias = torch.zeros(1, 1, L, 129, dtype=dtype).masked_fill(~allowed, -torch.inf)
     for mask in ({"allowed": allowed}, {"bias": bias}):
-        results = ours(inputs, options | mask, bias.shape if "bias" in mask else None)
+        results = run(inputs, options | mask, bias.shape if "bias" in mask else None)
         assert (results["out"][:, :, 1] == 0).all()
         assert (results["lse"][:, :, 1] == -torch.inf).all()
         assert (results["dq"][:, :, 1] == 0).all()
@@ -211,7 +216,7 @@ def test_not_finite(L, name, value):
     tensors[name][0, 0, 1, 3] = value
     bias = tensors.pop("bias")
     inputs = *tensors.values(), dout, torch.zeros(1, 1, L)
-    results = ours(inputs, options | {"bias": bias}, bias.shape)
+    results = run(inputs, options | {"bias": bias}, bias.shape)
     leaves = [t.requires_grad_() for t in (*tensors.values(), bias)]
     expected = scaled_dot_product_attention(*leaves[:3], attn_mask=leaves[3])
     gradients = torch.autograd.grad(expected, leaves, dout)
@@ -221,15 +226,22 @@ def test_not_finite(L, name, value):
             assert torch.equal(results[n].isnan(), g.isnan()), n
 
 
-@pytest.mark.parametrize("L", [2, 129])
-def test_padding_is_not_read(L):
-    lengths = torch.tensor([3, 40])
-    inputs, options = make(2, 2, 2, L, 129, 16, 16, torch.float32, k_lengths=lengths)
-    expected = ours(inputs, options)
-    for b, length in enumerate(lengths):
-        inputs[1][b, :, length:] = inputs[2][b, :, length:] = torch.nan
-    for name, result in ours(inputs, options).items():
-        assert torch.equal(result, expected[name]), name
+@each_dtype
+@pytest.mark.parametrize("L", [2, 65, 150])
+@pytest.mark.parametrize("options", [{}, {"right": 0}, {"left": 20, "right": 3}], ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_scratch_memory_is_not_read(softcap, options, L, dtype):
+    """It comes back from call to call, so a call full of NaN must leave no trace in the next."""
+    bias_shape = 1, 2, L, 129
+    inputs, options = make(2, 2, 2, L, 129, 16, 16, dtype, bias_shape=bias_shape, softcap=softcap, **options)
+    for isa in native.isas():
+        with native.use_isa(isa):
+            results = []
+            for value in (0.0, torch.nan):
+                run([torch.full_like(t, value) for t in inputs], options, bias_shape)
+                results.append(run(inputs, options, bias_shape))
+            for name, result in results[1].items():
+                assert torch.equal(result, results[0][name]), (isa, name)
 
 
 # ---- the same bits
@@ -243,8 +255,8 @@ def test_any_number_of_threads(sizes, threads):
     for dtype in DTYPES:
         inputs, options = make(*sizes, 64, 64, dtype, bias_shape=bias_shape, right=0, lower_right=True, dropout_p=0.1)
         threads(1)
-        expected = ours(inputs, options, bias_shape)
+        expected = run(inputs, options, bias_shape)
         for count in (2, 3, 4):
             threads(count)
-            for name, result in ours(inputs, options, bias_shape).items():
+            for name, result in run(inputs, options, bias_shape).items():
                 assert torch.equal(result, expected[name]), (name, count)
