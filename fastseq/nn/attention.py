@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastseq.ops import support
-from fastseq.ops.attention_call import Attention
-from fastseq.ops.attention_function import attend
+from fastseq.ops.attention import scaled_dot_product_attention
 from fastseq.ops.support import Route
 
 
@@ -110,10 +109,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         if need_weights:
             out, weights = _weighted(q, k, v, masks, self.head_dim**-0.5, dropout_p)
         else:
-            call = Attention(self.head_dim**-0.5, right=0 if is_causal else None, dropout_p=dropout_p)
-            out, _ = attend(call, backend, q, k, v, *masks)
+            mask = masks.allowed if masks.bias is None else masks.bias
+            out = scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
         out = out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)
-        out = F.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
+        out_proj = self.out_proj
+        out = F.linear(out.flatten(2), out_proj.weight, out_proj.bias)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         if batched:
@@ -130,14 +130,17 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool,
     ) -> ModuleType | None:
         """The backend that serves a call; None where torch's forward is to compute it, or to name the mistake."""
-        if support.observed() or not all(isinstance(t, Tensor) for t in (query, key, value)):
+        if support.observed() or not (
+            isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
+        ):
             return None
         masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
         if not all(isinstance(mask, Tensor) for mask in masks) or len({mask.dtype for mask in masks}) > 1:
             return None
         weights = (self.in_proj_weight,) if self._qkv_same_embed_dim else self._separate_weights()
+        out_proj = self.out_proj
         route, backend = support.route(
-            (query, key, value, *weights, self.in_proj_bias, self.out_proj.weight, self.out_proj.bias,
+            (query, key, value, *weights, self.in_proj_bias, out_proj.weight, out_proj.bias,
              self.bias_k, self.bias_v, *(mask for mask in masks if mask.dtype is not torch.bool))
         )  # fmt: skip
         if route is not Route.KERNELS or not all(m.dtype is query.dtype or support.plain(m, torch.bool) for m in masks):
@@ -187,7 +190,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _heads(self, x: Tensor, batch_first: bool) -> Tensor:
         """(B, N, L, D) as a view of (B, L, E), (L, B, E) or (L, E)."""
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        x = x.view(*x.shape[:-1], self.num_heads, self.head_dim)
         if x.dim() == 3:
             x = x.unsqueeze(0)
         return x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3)

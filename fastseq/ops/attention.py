@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from fastseq import backends
 from fastseq.ops import support
 from fastseq.ops.attention_call import (
     Attention,
@@ -21,7 +23,7 @@ from fastseq.ops.attention_call import (
     fit,
     number,
 )
-from fastseq.ops.attention_function import attend
+from fastseq.ops.attention_function import apply_plain, attend
 from fastseq.ops.support import Route
 
 # The op itself, not its name in torch.nn.functional: inside `fastseq.fused()` that one leads here.
@@ -103,15 +105,18 @@ def scaled_dot_product_attention(
         >>> out.shape
         torch.Size([2, 8, 5, 16])
     """
-    beyond = (causal, window, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, softcap, alibi_slopes)
     plain = (
         causal is window is lengths_q is lengths_k is cu_seqlens_q is cu_seqlens_k is softcap is alibi_slopes is None
+        and not return_lse
     )
-    plain = plain and not return_lse
-
-    def torchs() -> Tensor:
-        return torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-
+    if plain and attn_mask is None and type(dropout_p) is float and dropout_p == 0:
+        out = _plain(query, key, value, is_causal, scale, enable_gqa)
+        if out is not None:
+            return out
+    beyond = (causal, window, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, softcap, alibi_slopes)
+    torchs = partial(
+        torch_attention, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
     route, backend = _route(query, key, value, attn_mask)
     if plain and (route is Route.TORCH or route is Route.GRAPH):
         return torchs()
@@ -143,6 +148,33 @@ def scaled_dot_product_attention(
     out, lse = attend(call, backend, q, k, v, bias, allowed, keep_layout=operands.lead is None, want_lse=return_lse)
     out = operands.restore(out)
     return (out, operands.restore(lse)) if return_lse else out
+
+
+def _plain(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> Tensor | None:
+    """The call as most make it, in four dimensions and without masks or dropout.
+
+    None where the kernels do not serve it, or the arguments do not fit. The binding checks types, dtypes, devices,
+    shapes and strides itself, and tiny calls are as long as their checks, so nothing is checked twice.
+    """
+    if support.observed() or not isinstance(is_causal, bool):
+        return None
+    backend = backends.select()
+    if backend is None:
+        return None
+    try:
+        _, heads, _, depth = query.shape
+        if key.shape[1] != heads and not enable_gqa:
+            return None
+        if scale is None:
+            scale = 1 / math.sqrt(depth or 1)
+        right = 0 if is_causal else None
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            return apply_plain(backend, scale, right, query, key, value)
+        return backend.attention_forward(query, key, value, scale=scale, right=right, out=torch.empty_like(query))[0]
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return None
 
 
 def _route(query: object, key: object, value: object, mask: object) -> tuple[Route, ModuleType | None]:

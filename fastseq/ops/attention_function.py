@@ -172,4 +172,46 @@ class AttentionFunction(torch.autograd.Function):
         return None, None, None, None, *grads, None, None
 
 
+class PlainAttentionFunction(torch.autograd.Function):
+    """Attention over the kernels without masks, dropout and lse, where tiny calls are as long as what surrounds them.
+
+    `PlainAttentionFunction.apply(backend, scale, right, q, k, v)` returns the output (B, N, L, D): q (B, N, L, D), k
+    and v (B, Nk, S, D), unit strides along the last axis; `right` is how many keys after its own place a query sees,
+    None for all. As `AttentionFunction` otherwise, and with its source.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: ModuleType, scale: float, right: int | None, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """See the class."""
+        out, lse = backend.attention_forward(
+            q, k, v, scale=scale, right=right, return_lse=True, out=torch.empty_like(q)
+        )
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.how = backend, scale, right
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple:
+        """Gradients of q, k and v, None for those that need none."""
+        q, k, v, out, lse = ctx.saved_tensors
+        backend, scale, right = ctx.how
+        needs = ctx.needs_input_grad[3:]
+        if not support.kernels_differentiate((dout,)):
+            call = Attention(scale, right=right)
+            grads = composite_backward(
+                lambda q, k, v: attention_composite.attention(call, q, k, v, None, None, None),
+                (q, k, v),
+                (dout, None),
+                needs,
+            )
+            return None, None, None, *grads
+        *grads, _ = backend.attention_backward(
+            q, k, v, out, lse, unit_stride(dout), scale=scale, right=right, needs=(*needs, False)
+        )
+        return None, None, None, *grads
+
+
 _apply = c_apply(AttentionFunction)
+apply_plain = c_apply(PlainAttentionFunction)
