@@ -31,6 +31,7 @@ MODULES = (
     "GRUCell",
     "scaled_dot_product_attention",
     "MultiheadAttention",
+    "LayerNorm",
 )
 MODES = ("forward", "forward with grad", "training")
 
