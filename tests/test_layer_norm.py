@@ -37,7 +37,7 @@ def native():
 def kernels_at_any_size(monkeypatch):
     """The sizes of tests are below those from which on the kernels are faster."""
     monkeypatch.setattr(module, "FEWEST_ELEMENTS", 1)
-    monkeypatch.setattr(module, "FEWEST_ELEMENTS_ALONE", 1)
+    monkeypatch.setattr(module, "FEWEST_ELEMENTS_OF_SUMS", 1)
 
 
 def make(*shape, dtype=torch.float64, requires_grad=False, seed=0):
@@ -306,13 +306,14 @@ def test_small_calls_take_torchs_op(native, monkeypatch):
     forward = native.layer_norm_forward
     monkeypatch.setattr(native, "layer_norm_forward", lambda *a, **k: (calls.append(a[0].shape), forward(*a, **k))[1])
     with backends.use_backend("native"):
-        for rows in (511, 512, 1024):
+        for rows in (511, 512, 2048):
             x = torch.randn(rows, 512, requires_grad=True)
             fastseq.layer_norm(x, (512,))
             fastseq.layer_norm(x, (512,), residual=x)
             with torch.no_grad():
                 fastseq.layer_norm(x, (512,))
-    assert [shape[0] for shape in calls] == [512, 1024, 1024]
+                fastseq.layer_norm(x, (512,), residual=x)
+    assert [shape[0] for shape in calls] == [512, 2048, 2048, 2048]
 
 
 # ---- the module

@@ -18,8 +18,8 @@ from fastseq.ops.support import Route
 
 # From how many elements on the kernels are faster than torch's op, measured with 1 and with 4 threads on Zen 3: below,
 # the way to them costs more than they save. A number of elements and not of threads, on which no result may depend.
-FEWEST_ELEMENTS = 2**18  # with a residual
-FEWEST_ELEMENTS_ALONE = 2**19  # without one, and without gradients: torch's backward is as fast
+FEWEST_ELEMENTS = 2**20
+FEWEST_ELEMENTS_OF_SUMS = 2**18  # with a residual and without gradients
 DTYPES = (torch.float32, torch.float64)  # torch's op in bfloat16 is the faster one
 
 
@@ -47,9 +47,9 @@ def layer_norm(
     Returns:
         The normalized tensor, shaped as the input; with a residual also the sum z.
 
-    Float32 and float64 on the CPU run in kernels where those are faster: with a residual from 2**18 elements on,
-    without one from 2**19 on where no gradient is recorded. All else takes torch's own op (`fastseq info` prints the
-    table).
+    Float32 and float64 on the CPU run in kernels where those are faster: from 2**20 elements on, with a residual and no
+    gradient to record from 2**18 on; without a residual only where no gradient is recorded. All else takes torch's own
+    op (`fastseq info` prints the table).
 
     Raises:
         TypeError: arguments of wrong types.
@@ -66,6 +66,9 @@ def layer_norm(
         (True, torch.Size([2, 5, 16]))
     """
     if residual is None:
+        # First what sends most calls to torch: small ones feel the rest of the way there.
+        if support.is_compiling() or not isinstance(input, Tensor) or input.numel() < FEWEST_ELEMENTS:
+            return F.layer_norm(input, normalized_shape, weight, bias, eps)
         return _normalize(input, normalized_shape, weight, bias, eps, None, False)[0]
     check_tensor("residual", residual)
     if isinstance(input, Tensor) and residual.shape != input.shape:
@@ -97,8 +100,9 @@ def _normalize(
 ) -> tuple[Tensor, Tensor | None]:
     differentiable = needs_grad(*(t for t in (input, weight, bias, residual) if isinstance(t, Tensor)))
     backend = None
-    if residual is not None or not differentiable:
-        backend = _backend(input, normalized_shape, weight, bias, eps, residual)
+    if residual is not None or not differentiable:  # alone, torch's training step is the faster one
+        fewest = FEWEST_ELEMENTS if residual is None or differentiable else FEWEST_ELEMENTS_OF_SUMS
+        backend = _backend(input, normalized_shape, weight, bias, eps, residual, fewest)
     if backend is None:
         z = input if residual is None else input + residual
         return F.layer_norm(z, normalized_shape, weight, bias, eps), z
@@ -118,14 +122,22 @@ def _normalize(
 
 
 def _backend(
-    input: object, normalized_shape: object, weight: object, bias: object, eps: object, residual: object
+    input: object,
+    normalized_shape: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    residual: object,
+    fewest: int,
 ) -> ModuleType | None:
     """The backend that serves a call; None where torch's op is to compute it, or to name the mistake."""
+    if support.is_compiling():  # before the size is looked at, which would become a guard of the graph
+        return None
     if not isinstance(input, Tensor) or not isinstance(normalized_shape, tuple | list) or not normalized_shape:
         return None
     if not all(t is None or isinstance(t, Tensor) for t in (weight, bias)) or type(eps) not in (float, int):
         return None
-    if input.dtype not in DTYPES or input.numel() < (FEWEST_ELEMENTS_ALONE if residual is None else FEWEST_ELEMENTS):
+    if input.dtype not in DTYPES or input.numel() < fewest:
         return None
     shape = input.shape
     if shape[-len(normalized_shape) :] != tuple(normalized_shape):
