@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.fastseq-ready
-# The pip of a new environment is bundled with Python, so nothing is upgraded; an editable import runs cmake.
+# The pip of a new environment is the one bundled with Python, so nothing is upgraded; pip 23.0 knows no -C. An editable
+# import runs cmake.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(BIN):$(PATH)
 
@@ -45,7 +46,7 @@ format: $(READY)
 ASAN := build/asan
 asan: $(READY)
 	$(PIP) install -q --no-build-isolation --no-deps --upgrade --target $(ASAN)/site . \
-		-C build-dir=$(ASAN)/cmake -C cmake.define.FASTSEQ_SANITIZE=address,undefined
+		--config-settings=build-dir=$(ASAN)/cmake --config-settings=cmake.define.FASTSEQ_SANITIZE=address,undefined
 	path=$$($(BIN)/python -c 'import sys; print(":".join(p for p in sys.path if p))') && \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=2 \
@@ -68,5 +69,5 @@ $(READY): pyproject.toml CMakeLists.txt | $(BIN)/python
 		$(PIP) install "torch>=2.10"; }
 	$(PIP) install -q $(TOOLS)
 	$(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]" \
-		-C build-dir=build/editable -C editable.rebuild=true -C editable.verbose=false
+		--config-settings=build-dir=build/editable --config-settings=editable.rebuild=true --config-settings=editable.verbose=false
 	@touch $@
