@@ -100,7 +100,7 @@ def cases(dtype: str) -> Iterator[Case]:
         yield replace(plain, alibi=True, is_causal=True)
         yield replace(plain, dropout_p=0.2)
         yield replace(
-            plain, float_mask="BLS", bool_mask="LS", lengths="qk", is_causal=True, lower_right=True, window=(40, 0),
+            plain, float_mask="BNLS", bool_mask="LS", lengths="qk", is_causal=True, lower_right=True, window=(40, 0),
             softcap=3.0, alibi=True, dropout_p=0.1, lse=True,
         )  # fmt: skip
     yield Case(2, 4, 2, 63, 129, 64, 64, logits=60.0)
