@@ -37,19 +37,7 @@ def attention(
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         with torch.autocast(device, enabled=False):
-            return _attention(call, q, k, v, bias, allowed, seed)
-    return _attention(call, q, k, v, bias, allowed, seed)
-
-
-def _attention(
-    call: Attention,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    allowed: Tensor | None,
-    seed: Tensor | int | None,
-) -> tuple[Tensor, Tensor]:
+            return attention(call, q, k, v, bias, allowed, seed)
     dtype = q.dtype
     wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
