@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import assert_close
+from observers import Functions, Marked, Ops
 from test_attention import SLOPES, make
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -240,30 +241,13 @@ def test_traces():
 
 
 def test_modes_and_subclasses():
-    from torch.overrides import TorchFunctionMode
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    inputs, seen = operands(False), []
+    inputs = operands(False)
     wanted = F.scaled_dot_product_attention(*inputs)
 
-    class Functions(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
-    class Ops(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
-    class Marked(torch.Tensor):
-        pass
-
-    for mode in (Functions, Ops):
-        seen.clear()
-        with mode():
+    for mode in (Functions(), Ops()):
+        with mode:
             assert_close(sdpa(*inputs), wanted)
-        assert any("scaled_dot_product" in str(func) for func in seen)
+        assert any("scaled_dot_product" in str(func) for func in mode.seen)
     marked = [t.as_subclass(Marked) for t in inputs]
     assert type(sdpa(*marked)) is Marked
     assert type(sdpa(*marked, causal="lower_right")) is Marked

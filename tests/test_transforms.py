@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from models import CELLS, MODULES, SEQUENCES, assert_close, flat, gradients, make, pair, random_hx
+from observers import Functions, Marked, Ops
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -80,9 +81,6 @@ def test_batched_gradients(ours, torchs):
 
 @every
 def test_gradients_that_are_no_plain_tensors(ours, torchs):
-    class Marked(torch.Tensor):
-        pass
-
     module = pair(ours, torchs, 3, 4)[0]
     x = sample(module)
     inputs = [x, *module.parameters()]
@@ -190,31 +188,14 @@ def test_fake_tensors_beyond_torch(ours, torchs):
 
 @every
 def test_modes_and_subclasses(ours, torchs):
-    from torch.overrides import TorchFunctionMode
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     module, reference = pair(ours, torchs, 3, 4)
-    x, seen = sample(module), []
-
-    class Functions(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
-    class Ops(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
-    class Marked(torch.Tensor):
-        pass
+    x = sample(module)
 
     wanted = flat(reference(x))
-    for mode in (Functions, Ops):
-        seen.clear()
-        with mode():
+    for mode in (Functions(), Ops()):
+        with mode:
             assert_close(flat(module(x)), wanted)
-        assert len(seen) >= 1
+        assert mode.seen
     marked = flat(module(x.detach().as_subclass(Marked)))
     assert [type(o) for o in marked] == [type(o) for o in flat(reference(x.detach().as_subclass(Marked)))]
     with torch.device("cpu"):
@@ -223,9 +204,6 @@ def test_modes_and_subclasses(ours, torchs):
 
 @each
 def test_subclasses_as_lengths_and_reset(ours, torchs):
-    class Marked(torch.Tensor):
-        pass
-
     module = pair(ours, torchs, 3, 4)[0]
     x, lengths, reset = sample(module), torch.tensor([1, 6, 0, 3, 2]), torch.rand(6, 5) < 0.3
     wanted = flat(module(x, lengths=lengths, reset=reset, return_states=True))
