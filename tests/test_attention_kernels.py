@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -242,6 +243,14 @@ def test_scratch_memory_is_not_read(softcap, options, L, dtype):
                 results.append(run(inputs, options, bias_shape))
             for name, result in results[1].items():
                 assert torch.equal(result, results[0][name]), (isa, name)
+
+
+# ---- pairs of bfloat16, which not every machine multiplies
+
+
+def test_pairs_agree_with_float32(build_check):
+    result = subprocess.run([build_check("pairs_check")], capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stdout) == (0, "")
 
 
 # ---- the same bits

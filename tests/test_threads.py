@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from interpreter import run
 
 native = pytest.importorskip("fastseq.backends.native", reason="the extension is not built")
-
-ROOT = Path(__file__).parent.parent
 
 # Work enough for a team, and a digest of its results that tells any two bits apart.
 WORK = """
@@ -61,14 +57,8 @@ def threads():
 
 
 @pytest.fixture(scope="module")
-def checker(tmp_path_factory):
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    if not compiler:
-        pytest.skip("there is no C++ compiler")
-    program = tmp_path_factory.mktemp("threads") / "threads_check"
-    sources = ROOT / "tests/threads_check.cpp", ROOT / "csrc/cpu/threads.cpp"
-    subprocess.run([compiler, "-std=c++17", "-O2", "-fopenmp", "-Icsrc", *sources, "-o", program], cwd=ROOT, check=True)
-    return program
+def checker(build_check):
+    return build_check("threads_check")
 
 
 @pytest.mark.parametrize(

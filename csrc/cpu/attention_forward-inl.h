@@ -8,11 +8,14 @@
 
 namespace fastseq::FASTSEQ_ISA {
 
-template <class S>
+// O is what the products multiply: T, or bfloat16 in pairs.
+template <class S, class O = Operand<S>>
 struct AttentionForward {
   using T = Compute<S>;
   using G = Tile<T>;
+  using Element = typename PanelOf<O>::Element;  // as large as T
 
+  static constexpr bool kWidened = std::is_same_v<O, T>;
   // Keys of a part: 6 rows of their scores take 12 KB, and the sums are rescaled seldom.
   static constexpr int64_t kKeys = 512 * 4 / sizeof(T), kRow = kKeys + kLanes<T>;
   static constexpr int64_t kPackBlock = 128;        // keys that are packed at once
@@ -20,9 +23,10 @@ struct AttentionForward {
 
   const AttentionParams& p;
   int64_t group, heads, query_blocks, wave;
-  int64_t padded_value_dim, key_elements, slot_elements, scratch_elements;
+  int64_t padded_value_dim, key_depth, key_elements, slot_elements, scratch_elements;
   bool own_slots;
-  T *slots = nullptr, *scratch = nullptr;
+  Element* slots = nullptr;
+  T* scratch = nullptr;
   Queue queue;
 
   AttentionForward(const AttentionParams& params, int threads)
@@ -31,8 +35,10 @@ struct AttentionForward {
         heads(p.batch * p.kv_heads),
         query_blocks(ceil_div(p.queries, kQueryBlock)),
         padded_value_dim(G::ceil(p.value_dim)),
-        key_elements(G::ceil(p.keys) * p.head_dim),
-        slot_elements(Arena<T>::size(key_elements) + Arena<T>::size(G::ceil(p.keys) * padded_value_dim)),
+        key_depth(panel_depth<O>(p.head_dim)),
+        key_elements(G::ceil(p.keys) * key_depth),
+        slot_elements(Arena<T>::size(key_elements) +
+                      Arena<T>::size(panel_depth<O>(G::ceil(p.keys)) * padded_value_dim)),
         scratch_elements(Scratch::elements(*this)),
         own_slots(heads >= 4 * threads) {
     const int64_t fitting = kSharedBytes / (max(1, slot_elements) * int64_t(sizeof(T)));
@@ -44,9 +50,9 @@ struct AttentionForward {
     const int threads = attention_threads(p);
     AttentionForward forward(p, threads);
     const int64_t elements = forward.wave * forward.slot_elements + threads * forward.scratch_elements;
-    forward.slots = (T*)allocate(elements * int64_t(sizeof(T)));
+    forward.slots = (Element*)allocate(elements * int64_t(sizeof(T)));
     if (!forward.slots) return kOutOfMemory;
-    forward.scratch = forward.slots + forward.wave * forward.slot_elements;
+    forward.scratch = (T*)(forward.slots + forward.wave * forward.slot_elements);
     parallel(threads, [](void* context, const Team& team) { ((AttentionForward*)context)->work(team); }, &forward);
     release(forward.slots);
     return kOk;
@@ -84,7 +90,7 @@ struct AttentionForward {
   void work(const Team& team) {
     const Scratch s(*this, scratch + team.rank * scratch_elements);
     if (own_slots) {
-      T* slot = slots + team.rank * slot_elements;
+      Element* slot = slots + team.rank * slot_elements;
       for (int64_t head; (head = queue.take()) < heads;) {
         for (int64_t key = 0; key < p.keys; key += kPackBlock) pack(head, key, slot);
         for (int64_t item = 0; item < group * query_blocks; ++item) attend(head, item % group, item / group, slot, s);
@@ -108,34 +114,33 @@ struct AttentionForward {
   }
 
   // Keys [key, key + kPackBlock) of a head: K as panels of rows, V as panels of columns.
-  void pack(int64_t head, int64_t key, T* slot) const {
+  void pack(int64_t head, int64_t key, Element* slot) const {
     const int64_t b = head / p.kv_heads, n = head % p.kv_heads;
     const Extent extent(p, b);
     const Range seen = extent.window(p).keys_of(0, extent.queries);
     const int64_t count = min(kPackBlock, extent.keys - key);
     if (count <= 0 || seen.end <= key || key + count <= seen.begin) return;
     pack_rows(row_of<const S>(p.k, b, n, extent.k_start + key), p.k.row_stride, count, p.head_dim,
-              slot + key * p.head_dim);
+              slot + key * key_depth);
     pack_columns(row_of<const S>(p.v, b, n, extent.k_start + key), p.v.row_stride, count, p.value_dim,
-                 values_of(slot) + key * G::kColumns, value_panel());
+                 values_of(slot) + panel_depth<O>(key) * G::kColumns, value_panel());
   }
 
-  T* values_of(T* slot) const { return slot + Arena<T>::size(key_elements); }
-  int64_t value_panel() const { return G::ceil(p.keys) * G::kColumns; }
+  Element* values_of(Element* slot) const { return slot + Arena<T>::size(key_elements); }
+  int64_t value_panel() const { return panel_depth<O>(G::ceil(p.keys)) * G::kColumns; }
 
   // Rows [block * kQueryBlock, ...) of the `member`-th query head that uses this head of keys and values.
-  void attend(int64_t head, int64_t member, int64_t block, T* slot, const Scratch& s) const {
+  void attend(int64_t head, int64_t member, int64_t block, Element* slot, const Scratch& s) const {
     const int64_t b = head / p.kv_heads, n = head % p.kv_heads * group + member, first = block * kQueryBlock;
     const Extent extent(p, b);
     const Scores<S> scores(p, extent, b, n);
     const int64_t rows = max(0, min(kQueryBlock, extent.queries - first));
-    copy_rows(row_of<const S>(p.q, b, n, extent.q_start + first), p.q.row_stride, rows, p.head_dim, T(p.scale), s.q,
-              G::ceil(p.head_dim));
+    const Left<O> queries = load_queries(row_of<const S>(p.q, b, n, extent.q_start + first), rows, s);
     s.softmax.start(rows);
     fill(s.out, rows * padded_value_dim, T(0));
     const Range seen = scores.window.keys_of(first, rows);
     for (int64_t key = G::floor(seen.begin); key < seen.end; key += kKeys)
-      add_keys(scores, first, rows, {max(key, seen.begin), min(key + kKeys, seen.end)}, slot, s);
+      add_keys(scores, queries, first, rows, {max(key, seen.begin), min(key + kKeys, seen.end)}, slot, s);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = extent.q_start + first + i;
       s.softmax.finish(i, s.out + i * padded_value_dim, p.value_dim, row_of<S>(p.out, b, n, row),
@@ -148,8 +153,20 @@ struct AttentionForward {
       for (int64_t i = first + rows; i < end; ++i) *element_of<T>(p.lse, p.lse_strides, b, n, i) = -T(__builtin_inff());
   }
 
+  // Query rows as an operand: times the scale, or as they are stored, and then their products are scaled.
+  Left<O> load_queries(const S* rows, int64_t count, const Scratch& s) const {
+    if constexpr (kWidened) {
+      copy_rows(rows, p.q.row_stride, count, p.head_dim, T(p.scale), s.q, G::ceil(p.head_dim));
+      return {s.q, G::ceil(p.head_dim), 1};
+    } else {
+      return {rows, p.q.row_stride, 1};
+    }
+  }
+
   // Adds the keys of a part, all of them in the kKeys from a multiple of kColumns on.
-  void add_keys(const Scores<S>& scores, int64_t first, int64_t rows, Range part, T* slot, const Scratch& s) const {
+  void add_keys(const Scores<S>& scores, Left<O> queries, int64_t first, int64_t rows, Range part, Element* slot,
+                const Scratch& s) const {
+    constexpr int64_t kDepth = PanelOf<O>::kDepth;
     const EvenSplit split(rows, G::kRows);
     for (int64_t t = 0; t < split.parts; ++t) {
       const int64_t row = split.begin(t), count = split.count(t);
@@ -158,12 +175,15 @@ struct AttentionForward {
       if (begin >= end) continue;
       const int64_t key = G::floor(begin), columns = G::ceil(end) - key;
       multiply<Before::kIgnored>(
-          count, columns / G::kColumns, p.head_dim, Left<T>{s.q + row * G::ceil(p.head_dim), G::ceil(p.head_dim), 1},
-          Right<T>{slot + key * p.head_dim, p.head_dim * G::kColumns, G::kColumns}, s.scores, kRow);
+          count, columns / G::kColumns, p.head_dim, Left<O>{queries.data + row * queries.row, queries.row, 1},
+          Right<O>{slot + key * key_depth, key_depth * G::kColumns, G::kColumns}, s.scores, kRow);
       fill(s.next, Scratch::kRows, -T(__builtin_inff()));
       for (int64_t m = 0; m < count; ++m) {
-        scores.apply(first + row + m, key, columns, s.scores + m * kRow);
-        s.next[m] = largest_of(s.scores + m * kRow, columns);
+        T* s_row = s.scores + m * kRow;
+        if constexpr (!kWidened)
+          for (int64_t c = 0; c < columns; c += kLanes<T>) store(s_row + c, load(s_row + c) * Vec<T>(T(p.scale)));
+        scores.apply(first + row + m, key, columns, s_row);
+        s.next[m] = largest_of(s_row, columns);
       }
       s.softmax.raise(row, count, s.next, s.factors);
       for (int64_t m = 0; m < count; ++m) {
@@ -173,10 +193,12 @@ struct AttentionForward {
           scores.draw(first + row + m, key, columns, s.words);
           for (int64_t c = 0; c < columns; c += kLanes<T>) store(p_row + c, scores.drop(load(p_row + c), s.words + c));
         }
+        narrow<O>(p_row, columns);
       }
-      multiply<Before::kScaled>(count, padded_value_dim / G::kColumns, end - begin,
-                                Left<T>{s.scores + (begin - key), kRow, 1},
-                                Right<T>{values_of(slot) + begin * G::kColumns, value_panel(), G::kColumns},
+      const int64_t from = begin / kDepth * kDepth;  // a pair may start with a key that nobody sees, its weight is 0
+      multiply<Before::kScaled>(count, padded_value_dim / G::kColumns, end - from,
+                                Left<O>{(const O*)s.scores + (from - key), kRow * kDepth, 1},
+                                Right<O>{values_of(slot) + from / kDepth * G::kColumns, value_panel(), G::kColumns},
                                 s.out + row * padded_value_dim, padded_value_dim, s.factors);
     }
   }

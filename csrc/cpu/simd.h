@@ -273,6 +273,13 @@ FASTSEQ_INLINE void store_interleaved(uint32_t* p, const WordLanes (&x)[4]) {
 
 // ---- pairs of bfloat16, the operand of dot products with float32 accumulation ----
 
+// True where one instruction multiplies pairs; elsewhere, whoever uses a value often had better widen it once.
+#if defined(__AVX512BF16__)
+constexpr bool kMultipliesPairs = true;
+#else
+constexpr bool kMultipliesPairs = false;
+#endif
+
 // acc + a.lo * b.lo + a.hi * b.hi in each 32-bit lane.
 FASTSEQ_INLINE Vec<float> fma_pairs(Words a, Words b, Vec<float> acc) {
 #if defined(__AVX512BF16__)
@@ -282,6 +289,15 @@ FASTSEQ_INLINE Vec<float> fma_pairs(Words a, Words b, Vec<float> acc) {
   const auto high = [](Words w) { return Vec<float>((Vec<float>::Raw)(w & 0xffff0000u)); };
   return fma(high(a), high(b), fma(low(a), low(b), acc));
 #endif
+}
+
+// The words of the first n bfloat16, to be moved about as lanes; the others are zero, and are not touched in memory.
+FASTSEQ_INLINE Vec<float> load_pairs(const BFloat16* p, int64_t n) {
+  constexpr int lanes = 2 * kLanes<float>;
+  if (n >= lanes) return load((const float*)p);
+  BFloat16 lane[lanes] = {};
+  for (int64_t i = 0; i < n; ++i) lane[i] = p[i];
+  return load((const float*)lane);
 }
 
 // ---- lanes across vectors ----

@@ -14,26 +14,31 @@ struct Tile {
   static constexpr int64_t ceil(int64_t n) { return ceil_div(n, kColumns) * kColumns; }
 };
 
-// A: element (m, k) is data[m * row + k * step].
-template <class T>
+// What products of a storage type multiply: bfloat16 as it is where the machine multiplies pairs of it, else widened.
+template <class S>
+using Operand = std::conditional_t<std::is_same_v<S, BFloat16> && kMultipliesPairs, BFloat16, Compute<S>>;
+
+// A: element (m, k) is data[m * row + k * step]; the step of pairs is 1.
+template <class O>
 struct Left {
-  const T* data;
+  const O* data;
   int64_t row, step;
 };
 
-// B: columns p * kColumns ... of row k are data[p * panel + k * step ...].
-template <class T>
+// B: columns p * kColumns ... of row k are data[p * panel + k * step ...]; of bfloat16, those of rows 2k and 2k + 1.
+template <class O>
 struct Right {
-  const T* data;
+  const typename PanelOf<O>::Element* data;
   int64_t panel, step;
 };
 
 // What becomes of the values that C has: they are ignored, added to, or multiplied by a factor of the row and added to.
 enum class Before { kIgnored, kAdded, kScaled };
 
-template <Before kBefore, class T>
-void multiply(int64_t rows, int64_t panels, int64_t depth, Left<T> a, Right<T> b, T* c, int64_t c_row,
-              const T* factors = nullptr) {
+template <Before kBefore, class O>
+void multiply(int64_t rows, int64_t panels, int64_t depth, Left<O> a, Right<O> b, Compute<O>* c, int64_t c_row,
+              const Compute<O>* factors = nullptr) {
+  using T = Compute<O>;
   constexpr int NV = Tile<T>::kVectors, kRows = Tile<T>::kRows;
   const EvenSplit split(rows, kRows);
   for (int64_t panel = 0; panel < panels; ++panel)
@@ -41,7 +46,7 @@ void multiply(int64_t rows, int64_t panels, int64_t depth, Left<T> a, Right<T> b
       with_constant<kRows>(split.count(part), [&](auto mr) {
         constexpr int MR = decltype(mr)::value;
         const int64_t first = split.begin(part);
-        const T* row[MR];
+        const O* row[MR];
         Vec<T> acc[MR][NV];
         FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) {
           row[m] = a.data + (first + m) * a.row;
@@ -98,6 +103,49 @@ void pack_rows(const S* rows, int64_t stride, int64_t count, int64_t width, Comp
       FASTSEQ_UNROLL for (int j = 0; j < lanes; ++j) if (j < width - c) store(column + (c + j) * kColumns, block[j]);
     }
   }
+}
+
+// ---- the same in pairs, whose second half is 0 where there is none
+
+// Panels of rows of pairs of columns, (width / 2, kColumns) words each.
+inline void pack_rows(const BFloat16* rows, int64_t stride, int64_t count, int64_t width, uint32_t* out) {
+  constexpr int64_t kColumns = Tile<float>::kColumns;
+  constexpr int lanes = kLanes<float>;
+  const int64_t depth = panel_depth<BFloat16>(width);
+  for (int64_t i = 0; i < Tile<float>::ceil(count); i += lanes) {
+    uint32_t* column = out + i / kColumns * (depth * kColumns) + i % kColumns;
+    for (int64_t pair = 0; pair < depth; pair += lanes) {
+      Vec<float> block[lanes];
+      FASTSEQ_UNROLL for (int u = 0; u < lanes; ++u) block[u] =
+          i + u < count ? load_pairs(rows + (i + u) * stride + 2 * pair, width - 2 * pair) : Vec<float>(0);
+      transpose(block);
+      for (int64_t j = 0; j < min(lanes, depth - pair); ++j)
+        std::memcpy(column + (pair + j) * kColumns, &block[j].raw, sizeof block[j].raw);
+    }
+  }
+}
+
+// Panels of columns of pairs of rows: a word of column c is out[c / kColumns * panel + i / 2 * kColumns + c %
+// kColumns].
+inline void pack_columns(const BFloat16* rows, int64_t stride, int64_t count, int64_t width, uint32_t* out,
+                         int64_t panel) {
+  constexpr int64_t kColumns = Tile<float>::kColumns;
+  constexpr int lanes = kLanes<float>;
+  for (int64_t i = 0; i < count; i += 2)
+    for (int64_t c = 0; c < Tile<float>::ceil(width); c += lanes) {
+      const BFloat16* first = rows + i * stride + c;
+      const Vec<float> low = c < width ? load_first(first, width - c) : Vec<float>(0);
+      const Vec<float> high = c < width && i + 1 < count ? load_first(first + stride, width - c) : Vec<float>(0);
+      const Words pairs = ((Words)low.raw >> 16) | (Words)high.raw;
+      std::memcpy(out + c / kColumns * panel + i / 2 * kColumns + c % kColumns, &pairs, sizeof pairs);
+    }
+}
+
+// A row of results becomes elements of an operand, in place.
+template <class O>
+FASTSEQ_INLINE void narrow(Compute<O>* row, int64_t columns) {
+  if constexpr (!std::is_same_v<O, Compute<O>>)
+    for (int64_t c = 0; c < columns; c += kLanes<Compute<O>>) store((O*)row + c, load(row + c));
 }
 
 }  // namespace fastseq::FASTSEQ_ISA
