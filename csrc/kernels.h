@@ -119,7 +119,7 @@ struct AttentionParams {
   Heads dout, dq, dk, dv;  // null: not wanted
   const void* dlse;        // null: 0
   int64_t dlse_strides[3];
-  void* dbias;  // the gradient of bias, zeros from the caller, in the type of lse; null: not wanted
+  void* dbias;  // the gradient of bias, in the type of lse; null: not wanted
   int64_t dbias_strides[4];
 };
 

@@ -65,7 +65,7 @@ def attention_backward(
     if needs_v:
         dv = empty_heads(&p.dv, &problem, v, p.value_dim, problem.k_packed, problem.k_gaps)
     if needs_bias and bias is not None:
-        dbias = zeros_of_bias(&problem, bias_shape)
+        dbias = empty_bias(&problem, bias_shape)
     with nogil:
         status = active.attention[problem.dtype].backward(p[0])
     check_status(status)
@@ -315,7 +315,7 @@ cdef int read_slopes(AttentionParams* p, tensor) except -1:
 
 
 # The gradient of the bias, in the shape that it had before it was expanded.
-cdef object zeros_of_bias(AttentionProblem* problem, shape):
+cdef object empty_bias(AttentionProblem* problem, shape):
     cdef AttentionParams* p = &problem.params
     cdef int64_t count = 1
     cdef int axis
@@ -326,6 +326,4 @@ cdef object zeros_of_bias(AttentionProblem* problem, shape):
     for axis in range(3, -1, -1):
         p.dbias_strides[axis] = 0 if shape[axis] != full[axis] else count
         count *= shape[axis]
-    tensor = empty(&p.dbias, problem.compute_dtype, shape)
-    memset(p.dbias, 0, count * ITEM_SIZE[problem.compute_dtype])
-    return tensor
+    return empty(&p.dbias, problem.compute_dtype, shape)

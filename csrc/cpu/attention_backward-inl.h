@@ -26,6 +26,7 @@ struct AttentionBackward {
   const AttentionParams& p;
   const L layout;
   int64_t group, heads, query_blocks, shares, padded_keys, operand_elements, sum_elements, scratch_elements;
+  BiasGradient<S> bias;
   T *operands = nullptr, *sums = nullptr, *scratch = nullptr;
   Queue queue;
 
@@ -36,21 +37,18 @@ struct AttentionBackward {
         heads(p.batch * p.kv_heads),
         query_blocks(ceil_div(p.queries, kQueryBlock)),
         shares(max(1, min(ceil_div(kItems, heads), group * query_blocks))),
-        padded_keys(G::ceil(p.keys)) {
+        padded_keys(G::ceil(p.keys)),
+        bias(p, shares) {
     using A = Arena<T>;
     operand_elements =
         A::size(padded_keys * p.head_dim) + A::size(padded_keys * p.value_dim) + A::size(padded_keys * layout.key_row);
-    sum_elements = A::size(padded_keys * layout.key_row) + A::size(padded_keys * layout.value_row);
-    scratch_elements = QueryBlock<S>::elements(layout) + A::size(kQueryBlock * layout.key_row);
+    sum_elements = A::size(padded_keys * layout.key_row) + A::size(padded_keys * layout.value_row) +
+                   A::size(bias.sum_planes() * bias.sum_row());
+    scratch_elements = QueryBlock<S>::elements(p, layout) + A::size(kQueryBlock * layout.key_row);
   }
 
   static Status run(const AttentionParams& p) {
     const int threads = attention_threads(p);
-    if (p.dbias) {
-      const Status status = AttentionBiasGradient<S>::run(p, threads);
-      if (status != kOk) return status;
-    }
-    if (!p.dq.data && !p.dk.data && !p.dv.data) return kOk;
     AttentionBackward backward(p);
     const int64_t operands = backward.shares > 1 ? backward.heads : threads;
     const int64_t sums = backward.shares > 1 ? backward.heads * backward.shares : threads;
@@ -58,9 +56,14 @@ struct AttentionBackward {
         operands * backward.operand_elements + sums * backward.sum_elements + threads * backward.scratch_elements;
     backward.operands = (T*)allocate(elements * int64_t(sizeof(T)));
     if (!backward.operands) return kOutOfMemory;
+    if (p.dbias && backward.bias.allocate_turns() != kOk) {
+      release(backward.operands);
+      return kOutOfMemory;
+    }
     backward.sums = backward.operands + operands * backward.operand_elements;
     backward.scratch = backward.sums + sums * backward.sum_elements;
     parallel(threads, [](void* context, const Team& team) { ((AttentionBackward*)context)->work(team); }, &backward);
+    release(backward.bias.turns);
     release(backward.operands);
     return kOk;
   }
@@ -81,11 +84,13 @@ struct AttentionBackward {
   // Of a share.
   struct Sums {
     T *dk, *dv;  // (S, key_row), (S, value_row)
+    T* dbias;    // (sum_planes, sum_row)
 
     Sums(const AttentionBackward& a, int64_t index) {
       Arena<T> arena{a.sums + index * a.sum_elements};
       dk = arena.take(a.padded_keys * a.layout.key_row);
       dv = arena.take(a.padded_keys * a.layout.value_row);
+      dbias = arena.take(a.bias.sum_planes() * a.bias.sum_row());
     }
   };
 
@@ -144,22 +149,30 @@ struct AttentionBackward {
     const Extent extent(p, b);
     fill(sums.dk, extent.keys * layout.key_row, T(0));
     fill(sums.dv, extent.keys * layout.value_row, T(0));
+    bias.start_item(sums.dbias);
     for (int64_t unit = share; unit < group * query_blocks; unit += shares) {
       const int64_t n = head % p.kv_heads * group + unit / query_blocks, first = unit % query_blocks * kQueryBlock;
       const int64_t rows = max(0, min(kQueryBlock, extent.queries - first));
       const Scores<S> scores(p, extent, b, n);
       s.block.load_rows(extent, b, n, first, rows);
+      typename BiasGradient<S>::Turn turn;
+      if (p.dbias) turn = bias.start_unit(b, head % p.kv_heads, unit, sums.dbias);
       fill(s.dq, rows * layout.key_row, T(0));
       const Range seen = scores.window.keys_of(first, rows);
-      for (int64_t key = G::floor(seen.begin); key < seen.end; key += kKeyBlock)
-        add_tile(scores, first, rows, key, min(key + kKeyBlock, seen.end), operands,
+      for (int64_t key = G::floor(seen.begin); key < seen.end; key += kKeyBlock) {
+        const int64_t end = min(key + kKeyBlock, seen.end);
+        add_tile(scores, first, rows, key, end, operands,
                  row_of<const S>(p.k, b, head % p.kv_heads, extent.k_start + key),
                  row_of<const S>(p.v, b, head % p.kv_heads, extent.k_start + key), sums, s);
+        if (p.dbias) bias.add(turn, scores, s.block, first, rows, key, end);
+      }
+      if (p.dbias) bias.finish_unit(turn, extent, b, n, first, rows);
       if (!p.dq.data) continue;
       for (int64_t i = 0; i < rows; ++i)
         write_row(row_of<S>(p.dq, b, n, extent.q_start + first + i), s.dq + i * layout.key_row, p.head_dim, T(p.scale));
       if (!p.q_starts) zero_rows<S>(p.dq, b, n, first + rows, min(p.queries, first + kQueryBlock), p.head_dim);
     }
+    bias.finish_item(b, head % p.kv_heads, share, sums.dbias);
   }
 
   // A block of query rows against the keys [key, end), the first of which is stored at `k_rows` and `v_rows`.
@@ -168,7 +181,7 @@ struct AttentionBackward {
     constexpr int64_t kTileRow = L::kTileRow;
     const QueryBlock<S>& block = s.block;
     block.differentiate(scores, first, rows, key, G::ceil(end) - key, operands.keys + key * p.head_dim,
-                        operands.values + key * p.value_dim, k_rows, v_rows, false);
+                        operands.values + key * p.value_dim, k_rows, v_rows);
     for (int64_t j = key; j < end; j += kCutKeys) {
       const int64_t count = min(kCutKeys, end - j);
       const Range seeing = scores.window.queries_of(j, count);

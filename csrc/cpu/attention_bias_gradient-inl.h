@@ -1,7 +1,10 @@
-// The gradient of attention's bias: dS summed over the axes along which the bias was broadcast.
+// The gradient of attention's bias: dS, summed over the axes along which the bias was broadcast.
 //
-// A pass of its own that computes dS again: an item owns a tile of the gradient and adds all that goes into it, in the
-// order of batch rows, heads and blocks. So nothing is added by two threads, whatever is broadcast.
+// Threads add to the result itself and take turns at each part of it, in the order of the items. Items are given out in
+// that order, so the earliest one at work never waits. The sums thus have one order for any number of threads, and need
+// no memory. A tile is differentiated before its turn is waited for: only additions wait for each other.
+//
+// Where the queries are broadcast, an item adds up its rows by itself, and takes its turn at the end.
 #pragma once
 
 #include "attention_gradient-inl.h"
@@ -9,124 +12,147 @@
 namespace fastseq::FASTSEQ_ISA {
 
 template <class S>
-struct AttentionBiasGradient {
+struct BiasGradient {
   using T = Compute<S>;
-  using G = Tile<T>;
   using L = GradientLayout<T>;
 
-  const AttentionParams& p;
-  const L layout;
-  int64_t query_blocks, key_blocks, scratch_elements;
-  bool whole[4];  // the axes that are not broadcast
-  T* scratch = nullptr;
-  Queue queue;
+  static constexpr int64_t kCell = kKeyBlock;  // keys of a part
 
-  explicit AttentionBiasGradient(const AttentionParams& params)
-      : p(params), layout(p), query_blocks(ceil_div(p.queries, kQueryBlock)), key_blocks(ceil_div(p.keys, kKeyBlock)) {
-    using A = Arena<T>;
+  const AttentionParams& p;
+  int64_t group, query_blocks, shares, cells, width;
+  bool whole[4];              // the axes that are not broadcast
+  Progress* turns = nullptr;  // (B, N, query_blocks, cells), broadcast axes being 1: how many are done with a part
+
+  // `shares` is the number of items of a head of keys; the units of an item, blocks of rows of one of its query heads,
+  // are a share, 2 shares, ... apart.
+  BiasGradient(const AttentionParams& params, int64_t shares)
+      : p(params), group(p.heads / p.kv_heads), query_blocks(ceil_div(p.queries, kQueryBlock)), shares(shares) {
     for (int axis = 0; axis < 4; ++axis) whole[axis] = p.dbias_strides[axis] != 0;
-    scratch_elements = QueryBlock<S>::elements(layout) + A::size(G::ceil(kKeyBlock) * p.head_dim) +
-                       A::size(G::ceil(kKeyBlock) * p.value_dim) + A::size(kQueryBlock * L::kTileRow);
+    width = whole[3] ? p.keys : 1;
+    cells = ceil_div(width, kCell);
   }
 
-  static Status run(const AttentionParams& p, int threads) {
-    AttentionBiasGradient gradient(p);
-    gradient.scratch = (T*)allocate(threads * gradient.scratch_elements * int64_t(sizeof(T)));
-    if (!gradient.scratch) return kOutOfMemory;
-    parallel(
-        threads, [](void* context, const Team& team) { ((AttentionBiasGradient*)context)->work(team); }, &gradient);
-    release(gradient.scratch);
+  Status allocate_turns() {
+    const int64_t parts = (whole[0] ? p.batch : 1) * (whole[1] ? p.heads : 1) * (whole[2] ? query_blocks : 1) * cells;
+    turns = (Progress*)allocate(parts * int64_t(sizeof(Progress)));
+    if (!turns) return kOutOfMemory;
+    for (int64_t part = 0; part < parts; ++part) turns[part] = Progress();
     return kOk;
   }
 
- private:
-  // Of a thread.
-  struct Scratch {
-    Arena<T> arena;
-    QueryBlock<S> block;
-    T *keys, *values;  // a block of each, as panels of rows
-    T* sums;           // (kQueryBlock, kTileRow), or of one row or column where the queries or the keys are broadcast
+  // ---- the sums of an item, where the queries are broadcast
 
-    Scratch(const AttentionBiasGradient& a, T* memory) : arena{memory}, block(a.p, a.layout, arena) {
-      keys = arena.take(G::ceil(kKeyBlock) * a.p.head_dim);
-      values = arena.take(G::ceil(kKeyBlock) * a.p.value_dim);
-      sums = arena.take(kQueryBlock * L::kTileRow);
+  int64_t sum_planes() const { return !p.dbias || whole[2] ? 0 : whole[1] ? group : 1; }
+  int64_t sum_row() const { return Tile<T>::ceil(width); }
+
+  void start_item(T* sums) const { fill(sums, sum_planes() * sum_row(), T(0)); }
+
+  void finish_item(int64_t b, int64_t kv_head, int64_t share, const T* sums) const {
+    for (int64_t plane = 0; plane < sum_planes(); ++plane) {
+      Turn turn = turn_at(b, kv_head * group + plane, 0, heads_before(b, kv_head) * shares + share);
+      take(turn, cells);
+      add_row(turn.out, sums + plane * sum_row(), 0, width);
+      pass(turn, cells);
     }
+  }
+
+  // ---- a unit
+
+  // On its way through the cells of its rows.
+  struct Turn {
+    Progress* turns;
+    int64_t before;         // how many come before it
+    T* out;                 // (rows, width)
+    int64_t rows;           // of the part
+    int64_t taken, passed;  // cells that have been waited for, and that are done with
+    T* sums;                // (width), where the queries are broadcast
   };
 
-  // Where an axis is broadcast, an item takes all of it, else the part `index`.
-  Range part(int axis, int64_t index, int64_t size) const {
-    return whole[axis] ? Range{index, index + 1} : Range{0, size};
+  Turn start_unit(int64_t b, int64_t kv_head, int64_t unit, T* sums) const {
+    const int64_t member = unit / query_blocks, block = unit % query_blocks;
+    int64_t before = heads_before(b, kv_head);
+    if (!whole[1]) {
+      before *= group;
+      for (int64_t other = block; other < group * query_blocks; other += query_blocks)
+        before += other % shares < unit % shares || (other % shares == unit % shares && other < unit);
+    }
+    Turn turn = turn_at(b, kv_head * group + member, block, before);
+    turn.sums = sums + (whole[1] ? member : 0) * sum_row();
+    return turn;
   }
 
-  void work(const Team& team) {
-    const Scratch s(*this, scratch + team.rank * scratch_elements);
-    const int64_t sizes[4] = {p.batch, p.heads, query_blocks, key_blocks};
-    int64_t counts[4], items = 1;
-    for (int axis = 0; axis < 4; ++axis) items *= counts[axis] = whole[axis] ? sizes[axis] : 1;
-    for (int64_t item; (item = queue.take()) < items;) {
-      Range parts[4];
-      int64_t rest = item;
-      for (int axis = 3; axis >= 0; --axis) {
-        parts[axis] = part(axis, rest % counts[axis], sizes[axis]);
-        rest /= counts[axis];
-      }
-      fill(s.sums, kQueryBlock * L::kTileRow, T(0));
-      for (int64_t b = parts[0].begin; b < parts[0].end; ++b)
-        for (int64_t n = parts[1].begin; n < parts[1].end; ++n)
-          for (int64_t i = parts[2].begin; i < parts[2].end; ++i) add_row(b, n, i * kQueryBlock, parts[3], s);
-      write(parts, s);
-    }
-  }
-
-  // Adds dS of the query rows from `first` on, as many as a block has.
-  void add_row(int64_t b, int64_t n, int64_t first, Range keys, const Scratch& s) const {
-    const Extent extent(p, b);
-    const int64_t rows = min(kQueryBlock, extent.queries - first), kv_head = n / (p.heads / p.kv_heads);
-    if (rows <= 0) return;
-    if (!whole[3]) return add_shared_by_keys(extent, b, n, first, rows, s);
-    const Scores<S> scores(p, extent, b, n);
-    s.block.load_rows(extent, b, n, first, rows);
-    const Range seen = scores.window.keys_of(first, rows);
-    const int64_t key = keys.begin * kKeyBlock, count = min(kKeyBlock, extent.keys - key);
-    if (key >= seen.end || key + count <= seen.begin) return;
-    const S* k = row_of<const S>(p.k, b, kv_head, extent.k_start + key);
-    const S* v = row_of<const S>(p.v, b, kv_head, extent.k_start + key);
-    if (!few_queries(p)) {
-      pack_rows(k, p.k.row_stride, count, p.head_dim, s.keys);
-      pack_rows(v, p.v.row_stride, count, p.value_dim, s.values);
-    }
-    s.block.differentiate(scores, first, rows, key, G::ceil(count), s.keys, s.values, k, v, true);
-    // Rows of a sum: one each, or all in one.
-    const int64_t sums = whole[2] ? rows : 1, added = rows / sums;
-    for (int64_t i = 0; i < sums; ++i)
-      for (int64_t c = 0; c < G::ceil(count); c += kLanes<T>) {
+  // Adds the tile of the keys [key, end), which follow those of the tile before.
+  void add(Turn& turn, const Scores<S>& of, const QueryBlock<S>& block, int64_t first, int64_t rows, int64_t key,
+           int64_t end) const {
+    if (!whole[3]) return;
+    if (!whole[2]) {
+      for (int64_t c = 0; c < end - key; c += kLanes<T>) {
         Vec<T> sum(T(0));
-        for (int64_t r = i; r < i + added; ++r) sum = sum + load(s.block.scores + r * L::kTileRow + c);
-        store(s.sums + i * L::kTileRow + c, load(s.sums + i * L::kTileRow + c) + sum);
+        for (int64_t i = 0; i < rows; ++i) sum = sum + load(block.bias_scores + i * L::kTileRow + c);
+        store(turn.sums + key + c, load(turn.sums + key + c) + sum);
       }
+      return;
+    }
+    take(turn, ceil_div(end, kCell));
+    for (int64_t i = 0; i < rows; ++i) {
+      const Range seen = of.window.keys_of(first + i, 1);
+      add_row(turn.out + i * p.dbias_strides[2], block.bias_scores + i * L::kTileRow - key, max(key, seen.begin),
+              min(end, seen.end));
+    }
+    pass(turn, end / kCell);
+  }
+
+  // After its last tile.
+  void finish_unit(Turn& turn, const Extent& extent, int64_t b, int64_t n, int64_t first, int64_t rows) const {
+    if (whole[2]) take(turn, cells);
+    if (!whole[3]) add_shared_by_keys(turn, extent, b, n, first, rows);
+    if (whole[2]) pass(turn, cells);
+  }
+
+ private:
+  // How many heads of keys, in the order of the work, come before one and add to the same gradient.
+  int64_t heads_before(int64_t b, int64_t kv_head) const {
+    const int64_t rows = whole[0] ? 0 : b;
+    return whole[1] ? rows : rows * p.kv_heads + kv_head;
+  }
+
+  Turn turn_at(int64_t b, int64_t n, int64_t block, int64_t before) const {
+    int64_t part = (whole[0] ? b : 0) * (whole[1] ? p.heads : 1) + (whole[1] ? n : 0);
+    if (whole[2]) part = part * query_blocks + block;
+    const int64_t first = block * kQueryBlock;
+    T* out = (T*)p.dbias + b * p.dbias_strides[0] + n * p.dbias_strides[1] + first * p.dbias_strides[2];
+    return {turns + part * cells, before, out, whole[2] ? min(kQueryBlock, p.queries - first) : 1, 0, 0, nullptr};
+  }
+
+  // Waits for the cells before `end`. The first to come finds them as they were allocated.
+  void take(Turn& turn, int64_t end) const {
+    for (; turn.taken < end; ++turn.taken) {
+      turn.turns[turn.taken].wait(turn.before);
+      const int64_t key = turn.taken * kCell, count = min(kCell, width - key);
+      for (int64_t i = 0; i < (turn.before ? 0 : turn.rows); ++i)
+        fill(turn.out + i * p.dbias_strides[2] + key, count, T(0));
+    }
+  }
+
+  void pass(Turn& turn, int64_t end) const {
+    for (; turn.passed < end; ++turn.passed) turn.turns[turn.passed].set(turn.before + 1);
+  }
+
+  void add_row(T* out, const T* row, int64_t begin, int64_t end) const {
+    for (int64_t j = begin; j < end; j += kLanes<T>)
+      store_first(out + j, load_first(out + j, end - j) + load(row + j), end - j);
   }
 
   // The softmax does not feel what is added to all keys alike; lse alone does.
-  void add_shared_by_keys(const Extent& extent, int64_t b, int64_t n, int64_t first, int64_t rows,
-                          const Scratch& s) const {
+  void add_shared_by_keys(const Turn& turn, const Extent& extent, int64_t b, int64_t n, int64_t first,
+                          int64_t rows) const {
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = extent.q_start + first + i;
       const T lse = *element_of<const T>(p.lse, p.lse_strides, b, n, row);
       T gradient = p.dlse ? *element_of<const T>(p.dlse, p.dlse_strides, b, n, row) : T(0);
       if (lse != lse) gradient = lse;
-      if (lse != -T(__builtin_inff())) s.sums[whole[2] ? i * L::kTileRow : 0] += gradient;
+      if (lse != -T(__builtin_inff())) *(whole[2] ? turn.out + i * p.dbias_strides[2] : turn.sums) += gradient;
     }
-  }
-
-  void write(const Range (&parts)[4], const Scratch& s) const {
-    T* out = (T*)p.dbias + parts[0].begin * p.dbias_strides[0] + parts[1].begin * p.dbias_strides[1];
-    const int64_t row = parts[2].begin * kQueryBlock, column = parts[3].begin * kKeyBlock;
-    const int64_t rows = whole[2] ? min(kQueryBlock, p.queries - row) : 1;
-    const int64_t columns = whole[3] ? min(kKeyBlock, p.keys - column) : 1;
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j)
-        out[(row + i) * p.dbias_strides[2] + (column + j) * p.dbias_strides[3]] = s.sums[i * L::kTileRow + j];
   }
 };
 

@@ -1,4 +1,4 @@
-// Gradients of scores, tile by tile: what the two passes of attention backward share.
+// Gradients of scores, tile by tile.
 #pragma once
 
 #include "attention_scores-inl.h"
@@ -39,13 +39,16 @@ struct QueryBlock {
   T *q, *dout;                    // (kQueryBlock, key_row), scaled; (kQueryBlock, value_row)
   T *lse, *delta, *dlse;          // (kQueryBlock); lse is +inf where there is no key, which makes P zero
   T *weights, *scores;            // (kQueryBlock, kTileRow): P after dropout and dS
+  T* bias_scores;                 // dS before the softcap's derivative: a tile of its own only where the two differ
   T *probabilities, *derivative;  // (kTileRow): P of a row, and the derivative of the softcap
   uint32_t* words;
 
-  static int64_t elements(const L& layout) {
+  static bool own_bias_scores(const AttentionParams& p) { return p.dbias && p.softcap > 0; }
+
+  static int64_t elements(const AttentionParams& p, const L& layout) {
     using A = Arena<T>;
     return A::size(kQueryBlock * layout.key_row) + A::size(kQueryBlock * layout.value_row) + 3 * A::size(kQueryBlock) +
-           2 * A::size(kQueryBlock * L::kTileRow) + 2 * A::size(L::kTileRow) +
+           (own_bias_scores(p) ? 3 : 2) * A::size(kQueryBlock * L::kTileRow) + 2 * A::size(L::kTileRow) +
            A::size(Scores<S>::draw_size(L::kTileRow));
   }
 
@@ -57,6 +60,7 @@ struct QueryBlock {
     dlse = arena.take(kQueryBlock);
     weights = arena.take(kQueryBlock * L::kTileRow);
     scores = arena.take(kQueryBlock * L::kTileRow);
+    bias_scores = own_bias_scores(p) ? arena.take(kQueryBlock * L::kTileRow) : scores;
     probabilities = arena.take(L::kTileRow);
     derivative = arena.take(L::kTileRow);
     words = (uint32_t*)arena.take(Scores<S>::draw_size(L::kTileRow));
@@ -79,9 +83,9 @@ struct QueryBlock {
 
   // P and dS of the loaded rows and the keys [key, key + columns), both multiples of kColumns, whose K and V are given
   // as panels of rows, and as they are stored, where the panels are not needed if few_queries. dS is the gradient of
-  // the products, or before the softcap's derivative if `of_scores`. Keys that a query may not see get 0.
+  // the products. Keys that a query may not see get 0.
   void differentiate(const Scores<S>& of, int64_t first, int64_t rows, int64_t key, int64_t columns, const T* keys,
-                     const T* values, const S* k_rows, const S* v_rows, bool of_scores) const {
+                     const T* values, const S* k_rows, const S* v_rows) const {
     const EvenSplit split(rows, G::kRows);
     for (int64_t t = 0; t < split.parts; ++t) {
       const int64_t row = split.begin(t), count = split.count(t);
@@ -108,11 +112,14 @@ struct QueryBlock {
             Right<T>{values + begin * p.value_dim, p.value_dim * G::kColumns, G::kColumns}, score, L::kTileRow);
       }
       for (int64_t i = row; i < row + count; ++i) {
-        differentiate_row(of, first, i, key, begin, end, of_scores);
+        differentiate_row(of, first, i, key, begin, end);
         fill(weights + i * L::kTileRow, begin, T(0));
         fill(weights + i * L::kTileRow + end, columns - end, T(0));
         fill(scores + i * L::kTileRow, begin, T(0));
         fill(scores + i * L::kTileRow + end, columns - end, T(0));
+        if (bias_scores == scores) continue;
+        fill(bias_scores + i * L::kTileRow, begin, T(0));
+        fill(bias_scores + i * L::kTileRow + end, columns - end, T(0));
       }
     }
   }
@@ -140,8 +147,7 @@ struct QueryBlock {
   }
 
   // Row i: products become P after dropout, gradients of P become those of the products.
-  void differentiate_row(const Scores<S>& of, int64_t first, int64_t i, int64_t key, int64_t begin, int64_t end,
-                         bool of_scores) const {
+  void differentiate_row(const Scores<S>& of, int64_t first, int64_t i, int64_t key, int64_t begin, int64_t end) const {
     using V = Vec<T>;
     T *weight = weights + i * L::kTileRow, *score = scores + i * L::kTileRow;
     of.apply(first + i, key + begin, end - begin, weight + begin, derivative + begin);
@@ -167,10 +173,12 @@ struct QueryBlock {
     const T all = sum_of_lanes(total);
     const bool complete = key + begin <= seen.begin && seen.end <= key + end && all > 0;
     const V mean(complete ? sum_of_lanes(sum) / all - dlse[i] : delta[i]);
-    const bool capped = of.has_softcap && !of_scores;
     for (int64_t c = begin; c < end; c += kLanes<T>) {
       V gradient = load(probabilities + c) * (load(score + c) - mean);
-      if (capped) gradient = gradient * load(derivative + c);
+      if (of.has_softcap) {
+        if (bias_scores != scores) store(bias_scores + i * L::kTileRow + c, gradient);
+        gradient = gradient * load(derivative + c);
+      }
       store(score + c, gradient);
     }
   }

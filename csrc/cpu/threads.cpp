@@ -9,11 +9,11 @@
 
 namespace fastseq {
 
-// Central barrier. The last thread to arrive opens the next generation, the others spin on it. The counters sit on
+// Central barrier. The last thread to arrive opens the next generation, the others wait for it. The counters sit on
 // lines of their own: arrivals would otherwise evict the line that all the others are reading.
 struct alignas(64) Barrier {
   alignas(64) int arrived = 0;
-  alignas(64) int generation = 0;
+  alignas(64) Progress generations;
 };
 
 namespace {
@@ -50,14 +50,18 @@ int clamp_threads(int threads) {
 
 void Team::wait() const {
   if (size == 1) return;
-  // Read before arriving: the generation cannot change until this thread has arrived.
-  const int generation = __atomic_load_n(&barrier->generation, __ATOMIC_RELAXED);
+  // Read before arriving: no generation can open until this thread has arrived.
+  const int64_t next = __atomic_load_n(&barrier->generations.steps, __ATOMIC_RELAXED) + 1;
   if (__atomic_add_fetch(&barrier->arrived, 1, __ATOMIC_ACQ_REL) == size) {
     __atomic_store_n(&barrier->arrived, 0, __ATOMIC_RELAXED);
-    __atomic_store_n(&barrier->generation, generation + 1, __ATOMIC_RELEASE);
+    barrier->generations.set(next);
     return;
   }
-  for (int spins = 0; __atomic_load_n(&barrier->generation, __ATOMIC_ACQUIRE) == generation;) {
+  barrier->generations.wait(next);
+}
+
+void Progress::wait(int64_t done) const {
+  for (int spins = 0; __atomic_load_n(&steps, __ATOMIC_ACQUIRE) < done;) {
     if (spins < kSpins) {
       ++spins;
       relax();

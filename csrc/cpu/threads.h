@@ -18,6 +18,16 @@ struct Team {
   void wait() const;
 };
 
+// How far a thread has come, for the others of its team to wait on.
+struct Progress {
+  int64_t steps = 0;
+
+  // Says that so many steps are done, and shows all writes before it to those who have waited for them.
+  void set(int64_t done) { __atomic_store_n(&steps, done, __ATOMIC_RELEASE); }
+  // Returns once so many steps or more are done.
+  void wait(int64_t done) const;
+};
+
 // Runs body(context, team) on a team of at most `threads`, and returns when all have finished. Inline with a team of
 // one when `threads` is 1, inside another parallel region, while another caller holds a team, and in a forked child.
 // The body must not throw, and its result must not depend on the size of the team.
