@@ -242,15 +242,26 @@ cdef void set_heads(Heads* out, const View* view, bint packed) noexcept:
 # A tensor like `like` but for its last dimension, its axes in the same order of strides.
 cdef object empty_heads(Heads* out, const AttentionProblem* problem, like, int64_t columns, bint packed, bint zeros):
     cdef View view
-    cdef void* data = NULL
+    cdef int[3] axes = [0, 1, 2]
+    cdef int[3] places
+    cdef int64_t elements = columns
+    cdef int place
     read(like, "output", &view)
-    axes = sorted(range(3), key=lambda axis: -view.stride[axis])
-    tensor = empty(&data, problem.dtype, tuple([view.shape[axis] for axis in axes]) + (columns,))
+    for place in (1, 2, 1):  # sorts them; equal strides stay in order
+        if view.stride[axes[place - 1]] < view.stride[axes[place]]:
+            axes[place - 1], axes[place] = axes[place], axes[place - 1]
+    tensor = empty(
+        &out.data, problem.dtype, (view.shape[axes[0]], view.shape[axes[1]], view.shape[axes[2]], columns)
+    )
+    for place in (2, 1, 0):
+        places[axes[place]] = place
+        view.stride[axes[place]] = elements
+        elements *= view.shape[axes[place]]
     if zeros:
-        memset(data, 0, view.shape[0] * view.shape[1] * view.shape[2] * columns * ITEM_SIZE[problem.dtype])
-    if axes != [0, 1, 2]:
-        tensor = tensor.permute(axes.index(0), axes.index(1), axes.index(2), 3)
-    read(tensor, "output", &view)
+        memset(out.data, 0, elements * ITEM_SIZE[problem.dtype])
+    if places[0] != 0 or places[1] != 1:
+        tensor = tensor.permute(places[0], places[1], places[2], 3)
+    view.data = <char*>out.data
     set_heads(out, &view, packed)
     return tensor
 

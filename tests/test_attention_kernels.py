@@ -113,15 +113,30 @@ def test_boolean_mask(dtype):
 
 
 AXES = [axes for n in range(5) for axes in itertools.combinations(range(4), n)]
+each_bias = pytest.mark.parametrize("whole", AXES, ids=lambda axes: "".join(attention.AXES[a] for a in axes) or "scalar")
+
+
+def bias_of(whole, sizes):
+    return torch.randn([size if axis in whole else 1 for axis, size in enumerate(sizes)])
 
 
 @each_dtype
-@pytest.mark.parametrize("whole", AXES, ids=lambda axes: "".join(attention.AXES[a] for a in axes) or "scalar")
+@each_bias
 def test_bias_and_its_gradient(whole, dtype):
     for sizes in ((3, 4, 3, 250), (2, 4, 110, 65)):
         B, N, L, S = sizes
-        bias = torch.randn([size if axis in whole else 1 for axis, size in enumerate(sizes)]).to(dtype)
+        bias = bias_of(whole, sizes).to(dtype)
         check(Case(B, N, 2, L, S, 16, 16, float_mask="BNLS"), dtype, bias=bias)
+
+
+@each_bias
+def test_gradient_of_a_bias_where_little_is_seen(whole):
+    """Tiles that begin and end anywhere, rows and keys that nothing is seen of: 0 there, whatever was in memory."""
+    sizes = 3, 4, 110, 430
+    plain = Case(3, 4, 2, 110, 430, 16, 16, float_mask="BNLS", lengths="qk")
+    lengths = {"lengths_q": torch.tensor([110, 0, 65]), "lengths_k": torch.tensor([0, 430, 250])}
+    for options in ({}, {"window": (60, 10), "lower_right": True}, {"is_causal": True, "softcap": 2.0, "lse": True}):
+        check(replace(plain, **options), torch.float32, bias=bias_of(whole, sizes), **lengths)
 
 
 @each_dtype
@@ -267,5 +282,21 @@ def test_any_number_of_threads(sizes, threads):
         expected = run(inputs, options, bias_shape)
         for count in (2, 3, 4):
             threads(count)
+            for name, result in run(inputs, options, bias_shape).items():
+                assert torch.equal(result, expected[name]), (name, count)
+
+
+@each_bias
+@pytest.mark.parametrize("sizes", [(2, 4, 1, 200, 400), (1, 6, 3, 300, 200), (6, 4, 4, 130, 70), (9, 4, 2, 33, 33)])
+def test_gradient_of_a_bias_on_any_number_of_threads(sizes, whole, threads):
+    """Items of one head and of many, that meet in the same rows of the gradient; more threads than cores as well."""
+    B, N, _, L, S = sizes
+    bias_shape = bias_of(whole, (B, N, L, S)).shape
+    inputs, options = make(*sizes, 32, 32, torch.float32, bias_shape=bias_shape, left=150, lower_right=True)
+    threads(1)
+    expected = run(inputs, options, bias_shape)
+    for count in (2, 3, 4, 16):
+        threads(count)
+        for _ in range(3):
             for name, result in run(inputs, options, bias_shape).items():
                 assert torch.equal(result, expected[name]), (name, count)
