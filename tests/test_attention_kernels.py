@@ -113,7 +113,9 @@ def test_boolean_mask(dtype):
 
 
 AXES = [axes for n in range(5) for axes in itertools.combinations(range(4), n)]
-each_bias = pytest.mark.parametrize("whole", AXES, ids=lambda axes: "".join(attention.AXES[a] for a in axes) or "scalar")
+each_bias = pytest.mark.parametrize(
+    "whole", AXES, ids=lambda axes: "".join(attention.AXES[a] for a in axes) or "scalar"
+)
 
 
 def bias_of(whole, sizes):
