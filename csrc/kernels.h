@@ -112,14 +112,16 @@ struct AttentionParams {
   int threads;  // at most this many
 
   Heads q, k, v, out;
-  void* lse;  // (B, N, L), log of the sum of exp(s), float32 or float64; null: not wanted, backward needs it
+  // (B, N, L), log of the sum of exp(s); null: not wanted, backward needs it. In double: exp(s - lse) errs by as much
+  // as lse does, and a float of 500 errs by 250 times what a probability should.
+  double* lse;
   int64_t lse_strides[3];
 
   // backward only
   Heads dout, dq, dk, dv;  // null: not wanted
-  const void* dlse;        // null: 0
+  const double* dlse;      // null: 0
   int64_t dlse_strides[3];
-  void* dbias;  // the gradient of bias, in the type of lse; null: not wanted
+  void* dbias;  // the gradient of bias, float32 or float64; null: not wanted
   int64_t dbias_strides[4];
 };
 

@@ -109,9 +109,9 @@ cdef extern from "kernels.h" namespace "fastseq" nogil:
         uint64_t seed
         int threads
         Heads q, k, v, out, dout, dq, dk, dv
-        void* lse
+        double* lse
         int64_t[3] lse_strides
-        const void* dlse
+        const double* dlse
         int64_t[3] dlse_strides
         void* dbias
         int64_t[4] dbias_strides

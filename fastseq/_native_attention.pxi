@@ -28,11 +28,11 @@ def attention_forward(
     else:
         read_heads(&p.out, out, "out", &problem, p.heads, problem.q_rows, p.value_dim, problem.q_packed, True)
     if return_lse:
-        lse = empty(&p.lse, problem.compute_dtype, rows_shape(&problem))
+        lse = empty(<void**>&p.lse, kFloat64, rows_shape(&problem))
         set_row_strides(p.lse_strides, &problem)
         if problem.q_gaps:
             with nogil:
-                memset(p.lse, 0, p.heads * problem.q_rows * ITEM_SIZE[problem.compute_dtype])
+                memset(p.lse, 0, p.heads * problem.q_rows * ITEM_SIZE[kFloat64])
     with nogil:
         status = active.attention[problem.dtype].forward(p[0])
     check_status(status)
@@ -44,7 +44,7 @@ def attention_backward(
     bint lower_right, q_lengths, k_lengths, q_starts, k_starts, max_q, max_k, alibi_slopes, double dropout_p,
     uint64_t seed, int threads
 ):
-    """(dq, dk, dv, dbias); dbias in the dtype of lse."""
+    """(dq, dk, dv, dbias); dbias in float64 for float64, else in float32."""
     cdef AttentionProblem problem
     cdef AttentionParams* p = &problem.params
     cdef Status status
@@ -56,8 +56,8 @@ def attention_backward(
     )
     read_heads(&p.out, out, "out", &problem, p.heads, problem.q_rows, p.value_dim, problem.q_packed, False)
     read_heads(&p.dout, dout, "dout", &problem, p.heads, problem.q_rows, p.value_dim, problem.q_packed, False)
-    p.lse = read_rows(p.lse_strides, required(lse, "lse"), "lse", &problem)
-    p.dlse = read_rows(p.dlse_strides, dlse, "dlse", &problem)
+    p.lse = <double*>read_rows(p.lse_strides, required(lse, "lse"), "lse", &problem)
+    p.dlse = <const double*>read_rows(p.dlse_strides, dlse, "dlse", &problem)
     if needs_q:
         dq = empty_heads(&p.dq, &problem, q, p.head_dim, problem.q_packed, problem.q_gaps)
     if needs_k:
@@ -282,7 +282,7 @@ cdef void* read_rows(int64_t* strides, tensor, str name, const AttentionProblem*
         return NULL
     read(tensor, name, &view)
     shape = rows_shape(problem)
-    check(&view, name, problem.compute_dtype, shape[0], shape[1], shape[2])
+    check(&view, name, kFloat64, shape[0], shape[1], shape[2])
     strides[0] = 0 if problem.q_packed else view.stride[0]
     strides[1], strides[2] = view.stride[1], view.stride[2]
     return view.data

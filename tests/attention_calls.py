@@ -19,7 +19,7 @@ def heads(B, N, rows, dim, dtype):
 def make(B, N, Nk, L, S, D, E, dtype, bias_shape=None, **options):
     """Inputs of a call: (q, k, v, dout, dlse) and the keywords of the kernels."""
     inputs = heads(B, N, L, D, dtype), heads(B, Nk, S, D, dtype), heads(B, Nk, S, E, dtype)
-    inputs += heads(B, N, L, E, dtype), torch.randn(B, N, L, dtype=torch.promote_types(dtype, torch.float32))
+    inputs += heads(B, N, L, E, dtype), torch.randn(B, N, L, dtype=torch.float64)
     options = {"scale": D**-0.5} | options
     if bias_shape is not None:
         options["bias"] = torch.randn(bias_shape, dtype=dtype).expand(B, N, L, S)

@@ -233,7 +233,7 @@ def test_not_finite(L, name, value):
     tensors = {"q": q, "k": k, "v": v, "bias": options.pop("bias").clone()}
     tensors[name][0, 0, 1, 3] = value
     bias = tensors.pop("bias")
-    inputs = *tensors.values(), dout, torch.zeros(1, 1, L)
+    inputs = *tensors.values(), dout, torch.zeros(1, 1, L, dtype=torch.float64)
     results = run(inputs, options | {"bias": bias}, bias.shape)
     leaves = [t.requires_grad_() for t in (*tensors.values(), bias)]
     expected = scaled_dot_product_attention(*leaves[:3], attn_mask=leaves[3])

@@ -167,10 +167,10 @@ def test_bad_arguments(name):
 BAD_GRADIENTS = {
     "out shape": ({"out": torch.zeros(B, N, L, D + 1)}, ValueError, "out"),
     "lse none": ({"lse": None}, TypeError, "lse"),
-    "lse shape": ({"lse": torch.zeros(B, N, L - 1)}, ValueError, "lse"),
-    "lse dtype": ({"lse": torch.zeros(B, N, L).double()}, TypeError, "lse"),
+    "lse shape": ({"lse": torch.zeros(B, N, L - 1).double()}, ValueError, "lse"),
+    "lse dtype": ({"lse": torch.zeros(B, N, L)}, TypeError, "lse"),
     "dout stride": ({"dout": torch.zeros(()).expand(B, N, L, D)}, ValueError, "dout"),
-    "dlse shape": ({"dlse": torch.zeros(B, N, L, 1)}, ValueError, "dlse"),
+    "dlse shape": ({"dlse": torch.zeros(B, N, L, 1).double()}, ValueError, "dlse"),
     "bias_shape": ({"bias_shape": (B, N, 2, S)}, ValueError, "bias_shape"),
     "bias_shape length": ({"bias_shape": (L, S)}, ValueError, "bias_shape"),
 }
@@ -181,7 +181,7 @@ def test_bad_gradients(name):
     changes, error, message = BAD_GRADIENTS[name]
     rows = torch.zeros(B, N, L, D)
     good = {"q": rows, "k": torch.zeros(B, N, S, D), "v": torch.zeros(B, N, S, D), "out": rows, "dout": rows}
-    good |= {"lse": torch.zeros(B, N, L), "bias": torch.zeros(B, N, L, S), "needs": [True] * 4, "scale": 1.0}
+    good |= {"lse": torch.zeros(B, N, L).double(), "bias": torch.zeros(B, N, L, S), "needs": [True] * 4, "scale": 1.0}
     with pytest.raises(error, match=message):
         native.attention_backward(**good | changes)
 

@@ -148,10 +148,10 @@ struct BiasGradient {
                           int64_t rows) const {
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = extent.q_start + first + i;
-      const T lse = *element_of<const T>(p.lse, p.lse_strides, b, n, row);
-      T gradient = p.dlse ? *element_of<const T>(p.dlse, p.dlse_strides, b, n, row) : T(0);
-      if (lse != lse) gradient = lse;
-      if (lse != -T(__builtin_inff())) *(whole[2] ? turn.out + i * p.dbias_strides[2] : turn.sums) += gradient;
+      const double lse = *element_of(p.lse, p.lse_strides, b, n, row);
+      T gradient = p.dlse ? T(*element_of(p.dlse, p.dlse_strides, b, n, row)) : T(0);
+      if (lse != lse) gradient = T(lse);
+      if (lse != -__builtin_inf()) *(whole[2] ? turn.out + i * p.dbias_strides[2] : turn.sums) += gradient;
     }
   }
 };

@@ -166,14 +166,14 @@ struct AttentionDecode {
       total.softmax.sum[r] = state.sum.raw[0];
       const int64_t n = head_of(head, r, extent), row = extent.q_start + r % extent.queries;
       total.softmax.finish(r, sum, p.value_dim, row_of<S>(p.out, b, n, row),
-                           element_of<T>(p.lse, p.lse_strides, b, n, row));
+                           element_of(p.lse, p.lse_strides, b, n, row));
     }
     if (p.q_starts) return;
     for (int64_t n = head % p.kv_heads * group; n < (head % p.kv_heads + 1) * group; ++n) {
       zero_rows<S>(p.out, b, n, extent.queries, p.queries, p.value_dim);
       if (p.lse)
         for (int64_t i = extent.queries; i < p.queries; ++i)
-          *element_of<T>(p.lse, p.lse_strides, b, n, i) = -T(__builtin_inff());
+          *element_of(p.lse, p.lse_strides, b, n, i) = -__builtin_inf();
     }
   }
 };

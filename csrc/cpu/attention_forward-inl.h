@@ -144,13 +144,13 @@ struct AttentionForward {
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = extent.q_start + first + i;
       s.softmax.finish(i, s.out + i * padded_value_dim, p.value_dim, row_of<S>(p.out, b, n, row),
-                       element_of<T>(p.lse, p.lse_strides, b, n, row));
+                       element_of(p.lse, p.lse_strides, b, n, row));
     }
     if (p.q_starts) return;
     const int64_t end = min(p.queries, first + kQueryBlock);
     zero_rows<S>(p.out, b, n, first + rows, end, p.value_dim);
     if (p.lse)
-      for (int64_t i = first + rows; i < end; ++i) *element_of<T>(p.lse, p.lse_strides, b, n, i) = -T(__builtin_inff());
+      for (int64_t i = first + rows; i < end; ++i) *element_of(p.lse, p.lse_strides, b, n, i) = -__builtin_inf();
   }
 
   // Query rows as an operand: times the scale, or as they are stored, and then their products are scaled.

@@ -37,7 +37,8 @@ struct QueryBlock {
   const AttentionParams& p;
   const L& layout;
   T *q, *dout;                    // (kQueryBlock, key_row), scaled; (kQueryBlock, value_row)
-  T *lse, *delta, *dlse;          // (kQueryBlock); lse is +inf where there is no key, which makes P zero
+  T *lse, *lse_rest;              // (kQueryBlock), as two terms; +inf where there is no key, which makes P zero
+  T *delta, *dlse;                // (kQueryBlock)
   T *weights, *scores;            // (kQueryBlock, kTileRow): P after dropout and dS
   T* bias_scores;                 // dS before the softcap's derivative: a tile of its own only where the two differ
   T *probabilities, *derivative;  // (kTileRow): P of a row, and the derivative of the softcap
@@ -47,7 +48,7 @@ struct QueryBlock {
 
   static int64_t elements(const AttentionParams& p, const L& layout) {
     using A = Arena<T>;
-    return A::size(kQueryBlock * layout.key_row) + A::size(kQueryBlock * layout.value_row) + 3 * A::size(kQueryBlock) +
+    return A::size(kQueryBlock * layout.key_row) + A::size(kQueryBlock * layout.value_row) + 4 * A::size(kQueryBlock) +
            (own_bias_scores(p) ? 3 : 2) * A::size(kQueryBlock * L::kTileRow) + 2 * A::size(L::kTileRow) +
            A::size(Scores<S>::draw_size(L::kTileRow));
   }
@@ -56,6 +57,7 @@ struct QueryBlock {
     q = arena.take(kQueryBlock * layout.key_row);
     dout = arena.take(kQueryBlock * layout.value_row);
     lse = arena.take(kQueryBlock);
+    lse_rest = arena.take(kQueryBlock);
     delta = arena.take(kQueryBlock);
     dlse = arena.take(kQueryBlock);
     weights = arena.take(kQueryBlock * L::kTileRow);
@@ -74,10 +76,11 @@ struct QueryBlock {
     copy_rows(dout_rows, p.dout.row_stride, rows, p.value_dim, T(1), dout, layout.value_row);
     load_delta(dout_rows, row_of<const S>(p.out, b, n, start), rows);
     for (int64_t i = 0; i < rows; ++i) {
-      dlse[i] = p.dlse ? *element_of<const T>(p.dlse, p.dlse_strides, b, n, start + i) : T(0);
+      dlse[i] = p.dlse ? T(*element_of(p.dlse, p.dlse_strides, b, n, start + i)) : T(0);
       delta[i] -= dlse[i];
-      lse[i] = *element_of<const T>(p.lse, p.lse_strides, b, n, start + i);
-      if (lse[i] == -T(__builtin_inff())) lse[i] = T(__builtin_inff());
+      const double whole = *element_of(p.lse, p.lse_strides, b, n, start + i);
+      lse[i] = T(whole == -__builtin_inf() ? __builtin_inf() : whole);
+      lse_rest[i] = __builtin_isfinite(whole) ? T(whole - lse[i]) : T(0);
     }
   }
 
@@ -152,10 +155,10 @@ struct QueryBlock {
     T *weight = weights + i * L::kTileRow, *score = scores + i * L::kTileRow;
     of.apply(first + i, key + begin, end - begin, weight + begin, derivative + begin);
     if (of.drops()) of.draw(first + i, key + begin, end - begin, words + begin);
-    const V shift(lse[i]);
+    const V shift(lse[i]), rest(lse_rest[i]);
     V sum(T(0)), total(T(0));
     for (int64_t c = begin; c < end; c += kLanes<T>) {
-      const V probability = exp_vanishing(load(weight + c) - shift);
+      const V probability = exp_vanishing(load(weight + c) - shift - rest);
       V kept = probability, gradient = load(score + c);
       if (of.drops()) {
         kept = of.drop(probability, words + c);

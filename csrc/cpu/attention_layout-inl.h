@@ -39,9 +39,9 @@ FASTSEQ_INLINE S* row_of(const Heads& heads, int64_t b, int64_t n, int64_t row) 
 }
 
 // Element (b, n, row) of lse and its gradient; null if they are.
-template <class T, class P>
-FASTSEQ_INLINE T* element_of(P* data, const int64_t* strides, int64_t b, int64_t n, int64_t row) {
-  return !data ? nullptr : (T*)data + b * strides[0] + n * strides[1] + row * strides[2];
+template <class T>
+FASTSEQ_INLINE T* element_of(T* data, const int64_t* strides, int64_t b, int64_t n, int64_t row) {
+  return !data ? nullptr : data + b * strides[0] + n * strides[1] + row * strides[2];
 }
 
 // A row of storage from a row of results, times a factor.

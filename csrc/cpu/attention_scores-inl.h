@@ -180,15 +180,15 @@ struct SoftmaxRows {
 
   // Writes a finished row: the average of values from their weighted sum, and the log of the sum of exp if wanted.
   template <class S>
-  void finish(int64_t row, const T* values, int64_t width, S* out, T* lse) const {
+  void finish(int64_t row, const T* values, int64_t width, S* out, double* lse) const {
     if (sum[row] == 0) {
-      if (lse) *lse = -T(__builtin_inff());
+      if (lse) *lse = -__builtin_inf();
       std::memset((void*)out, 0, width * sizeof(S));
       return;
     }
     if (lse) {
       const T log = std::is_same_v<T, float> ? T(__builtin_logf(float(sum[row]))) : T(__builtin_log(sum[row]));
-      *lse = largest[row] + log;
+      *lse = double(largest[row]) + double(log);
     }
     write_row(out, values, width, 1 / sum[row]);
   }

@@ -240,7 +240,7 @@ def attention_forward(
         alibi_slopes: float32 (B, N).
         dropout_p: in [0, 1). The draw of a probability follows from the seed and its place (b, n, i, j) alone.
         return_lse: also the log of the sum of exp(s), which `attention_backward` needs: (B, N, L), packed
-            (1, N, total), float64 for float64 and else float32. None otherwise.
+            (1, N, total), float64. None otherwise.
         out: to write into. None: a new tensor whose axes have the order of q's in memory.
     """
     return _native.attention_forward(

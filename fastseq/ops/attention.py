@@ -147,7 +147,7 @@ def scaled_dot_product_attention(
     backend = backend if route is Route.KERNELS else None
     out, lse = attend(call, backend, q, k, v, bias, allowed, keep_layout=operands.lead is None, want_lse=return_lse)
     out = operands.restore(out)
-    return (out, operands.restore(lse)) if return_lse else out
+    return (out, operands.restore(lse.to(torch.promote_types(out.dtype, torch.float32)))) if return_lse else out
 
 
 def _plain(

@@ -26,7 +26,7 @@ def attend(
     keep_layout: bool = True,
     want_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output (B, N, L, E) and, if wanted, the lse (B, N, L), of checked tensors.
+    """The output (B, N, L, E) and, if wanted, the lse (B, N, L), of checked tensors. From kernels the lse is float64.
 
     Args:
         backend: what `support.route` answered for these tensors, none of them empty; None for torch ops.
@@ -100,8 +100,8 @@ class AttentionFunction(torch.autograd.Function):
     """Attention over the kernels.
 
     `AttentionFunction.apply(call, backend, seed, keep_layout, q, k, v, bias, allowed, alibi_slopes)` returns the output
-    (B, N, L, E) and the lse (B, N, L): `call` is an `Attention`, `backend` a module with `attention_forward` and
-    `attention_backward`, the rest as in `attend`; the slopes are those of the call. q, k, v and bias get gradients.
+    (B, N, L, E) and the lse (B, N, L), float64: `call` is an `Attention`, `backend` a module with `attention_forward`
+    and `attention_backward`, the rest as in `attend`; the slopes are those of the call. q, k, v and bias get gradients.
 
     Kept for the backward are the tensors given, the output and the lse; the weights are computed again, tile by tile,
     and so is the dropout, from its seed. With `create_graph=True` the gradients come from torch ops.

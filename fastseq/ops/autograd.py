@@ -52,7 +52,7 @@ def composite_backward(
     with torch.enable_grad():
         # Views: one input may be computed from another, whose gradient must not pass through both.
         inputs = tuple(None if t is None else t.view_as(t) for t in inputs)
-        outputs = [(r, g) for r, g in zip(run(*inputs), grads, strict=True) if g is not None]
+        outputs = [(r, g.to(r.dtype)) for r, g in zip(run(*inputs), grads, strict=True) if g is not None]
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     if not outputs:
         return [None] * len(inputs)

@@ -323,7 +323,7 @@ def kernel_results(native, case: Case, inputs: Inputs, isa: str) -> Iterator[tup
             out,
             lse,
             dout,
-            dlse=dlse,
+            dlse=None if dlse is None else dlse.double(),
             needs=(True, True, True, inputs.bias is not None),
             bias_shape=None if inputs.bias is None else tuple(inputs.bias.shape),
             **options,
