@@ -12,11 +12,16 @@
 
 namespace fastseq::FASTSEQ_ISA {
 
-template <class S>
+// O is what the products multiply: T, or bfloat16 in pairs.
+template <class S, class O = Operand<S>>
 struct AttentionBackward {
   using T = Compute<S>;
   using G = Tile<T>;
   using L = GradientLayout<T>;
+  using Block = QueryBlock<S, O>;
+  using Element = typename PanelOf<O>::Element;
+
+  static constexpr bool kWidened = Block::kWidened;
 
   static constexpr int64_t kItems = 16;       // shares of all heads together, at least, where there are blocks enough
   static constexpr int64_t kPackBlock = 192;  // keys that are packed, or added up, at once
@@ -40,14 +45,17 @@ struct AttentionBackward {
         padded_keys(G::ceil(p.keys)),
         bias(p, shares) {
     using A = Arena<T>;
-    operand_elements =
-        A::size(padded_keys * p.head_dim) + A::size(padded_keys * p.value_dim) + A::size(padded_keys * layout.key_row);
+    operand_elements = A::size(padded_keys * panel_depth<O>(p.head_dim)) +
+                       A::size(padded_keys * panel_depth<O>(p.value_dim)) +
+                       A::size(panel_depth<O>(padded_keys) * layout.key_row);
     sum_elements = A::size(padded_keys * layout.key_row) + A::size(padded_keys * layout.value_row) +
                    A::size(bias.sum_planes() * bias.sum_row());
-    scratch_elements = QueryBlock<S>::elements(p, layout) + A::size(kQueryBlock * layout.key_row);
+    scratch_elements = Block::elements(p, layout) + A::size(kQueryBlock * layout.key_row);
   }
 
   static Status run(const AttentionParams& p) {
+    if constexpr (!kWidened)
+      if (few_queries(p)) return AttentionBackward<S, T>::run(p);
     const int threads = attention_threads(p);
     AttentionBackward backward(p);
     const int64_t operands = backward.shares > 1 ? backward.heads : threads;
@@ -71,13 +79,13 @@ struct AttentionBackward {
  private:
   // Of a head of keys.
   struct Operands {
-    T *keys, *values, *key_rows;  // K and V as panels of rows, K as (padded S, key_row)
+    Element *keys, *values, *key_rows;  // K and V as panels of rows, K as (padded S, key_row)
 
     Operands(const AttentionBackward& a, int64_t index) {
       Arena<T> arena{a.operands + index * a.operand_elements};
-      keys = arena.take(a.padded_keys * a.p.head_dim);
-      values = arena.take(a.padded_keys * a.p.value_dim);
-      key_rows = arena.take(a.padded_keys * a.layout.key_row);
+      keys = (Element*)arena.take(a.padded_keys * panel_depth<O>(a.p.head_dim));
+      values = (Element*)arena.take(a.padded_keys * panel_depth<O>(a.p.value_dim));
+      key_rows = (Element*)arena.take(panel_depth<O>(a.padded_keys) * a.layout.key_row);
     }
   };
 
@@ -97,7 +105,7 @@ struct AttentionBackward {
   // Of a thread.
   struct Scratch {
     Arena<T> arena;
-    QueryBlock<S> block;
+    Block block;
     T* dq;  // (kQueryBlock, key_row)
 
     Scratch(const AttentionBackward& a, T* memory) : arena{memory}, block(a.p, a.layout, arena) {
@@ -136,11 +144,15 @@ struct AttentionBackward {
     const S* k = row_of<const S>(p.k, b, n, extent.k_start + key);
     const S* v = row_of<const S>(p.v, b, n, extent.k_start + key);
     if (!few_queries(p)) {
-      pack_rows(k, p.k.row_stride, count, p.head_dim, operands.keys + key * p.head_dim);
-      pack_rows(v, p.v.row_stride, count, p.value_dim, operands.values + key * p.value_dim);
+      pack_rows(k, p.k.row_stride, count, p.head_dim, operands.keys + key * panel_depth<O>(p.head_dim));
+      pack_rows(v, p.v.row_stride, count, p.value_dim, operands.values + key * panel_depth<O>(p.value_dim));
     }
-    if (p.dq.data)
-      copy_rows(k, p.k.row_stride, count, p.head_dim, T(1), operands.key_rows + key * layout.key_row, layout.key_row);
+    if (!p.dq.data) return;
+    Element* rows = operands.key_rows + panel_depth<O>(key) * layout.key_row;
+    if constexpr (kWidened)
+      copy_rows(k, p.k.row_stride, count, p.head_dim, T(1), rows, layout.key_row);
+    else
+      pack_columns(k, p.k.row_stride, count, p.head_dim, rows, G::kColumns, layout.key_row);
   }
 
   // Every `shares`-th block of query rows: dQ of its rows, and their part of dK and dV.
@@ -154,14 +166,14 @@ struct AttentionBackward {
       const int64_t n = head % p.kv_heads * group + unit / query_blocks, first = unit % query_blocks * kQueryBlock;
       const int64_t rows = max(0, min(kQueryBlock, extent.queries - first));
       const Scores<S> scores(p, extent, b, n);
-      s.block.load_rows(extent, b, n, first, rows);
-      typename BiasGradient<S>::Turn turn;
+      const typename Block::Rows loaded = s.block.load_rows(extent, b, n, first, rows);
+      typename BiasGradient<S>::Turn turn{};
       if (p.dbias) turn = bias.start_unit(b, head % p.kv_heads, unit, sums.dbias);
       fill(s.dq, rows * layout.key_row, T(0));
       const Range seen = scores.window.keys_of(first, rows);
       for (int64_t key = G::floor(seen.begin); key < seen.end; key += kKeyBlock) {
         const int64_t end = min(key + kKeyBlock, seen.end);
-        add_tile(scores, first, rows, key, end, operands,
+        add_tile(scores, loaded, first, rows, key, end, operands,
                  row_of<const S>(p.k, b, head % p.kv_heads, extent.k_start + key),
                  row_of<const S>(p.v, b, head % p.kv_heads, extent.k_start + key), sums, s);
         if (p.dbias) bias.add(turn, scores, s.block, first, rows, key, end);
@@ -176,37 +188,36 @@ struct AttentionBackward {
   }
 
   // A block of query rows against the keys [key, end), the first of which is stored at `k_rows` and `v_rows`.
-  void add_tile(const Scores<S>& scores, int64_t first, int64_t rows, int64_t key, int64_t end,
-                const Operands& operands, const S* k_rows, const S* v_rows, const Sums& sums, const Scratch& s) const {
-    constexpr int64_t kTileRow = L::kTileRow;
-    const QueryBlock<S>& block = s.block;
-    block.differentiate(scores, first, rows, key, G::ceil(end) - key, operands.keys + key * p.head_dim,
-                        operands.values + key * p.value_dim, k_rows, v_rows);
+  void add_tile(const Scores<S>& scores, const typename Block::Rows& loaded, int64_t first, int64_t rows, int64_t key,
+                int64_t end, const Operands& operands, const S* k_rows, const S* v_rows, const Sums& sums,
+                const Scratch& s) const {
+    constexpr int64_t kDepth = PanelOf<O>::kDepth;  // a pair may start with what nobody sees: its weight is 0
+    const Block& block = s.block;
+    block.differentiate(scores, loaded, first, rows, key, G::ceil(end) - key,
+                        operands.keys + key * panel_depth<O>(p.head_dim),
+                        operands.values + key * panel_depth<O>(p.value_dim), k_rows, v_rows);
     for (int64_t j = key; j < end; j += kCutKeys) {
       const int64_t count = min(kCutKeys, end - j);
       const Range seeing = scores.window.queries_of(j, count);
-      const int64_t i = max(seeing.begin - first, 0), depth = min(seeing.end - first, rows) - i;
+      const int64_t i = max(seeing.begin - first, 0) / kDepth * kDepth, depth = min(seeing.end - first, rows) - i;
       if (depth <= 0) continue;
-      const int64_t at = i * kTileRow + j - key;
       if (p.dv.data)
-        multiply<Before::kAdded>(count, layout.value_panels(), depth, Left<T>{block.weights + at, 1, kTileRow},
-                                 Right<T>{block.dout + i * layout.value_row, G::kColumns, layout.value_row},
-                                 sums.dv + j * layout.value_row, layout.value_row);
+        multiply<Before::kAdded>(count, layout.value_panels(), depth, block.weights_by_key(i, j - key),
+                                 block.gradients_from(i), sums.dv + j * layout.value_row, layout.value_row);
       if (p.dk.data)
-        multiply<Before::kAdded>(count, layout.key_panels(), depth, Left<T>{block.scores + at, 1, kTileRow},
-                                 Right<T>{block.q + i * layout.key_row, G::kColumns, layout.key_row},
-                                 sums.dk + j * layout.key_row, layout.key_row);
+        multiply<Before::kAdded>(count, layout.key_panels(), depth, block.scores_by_key(i, j - key),
+                                 block.queries_from(i), sums.dk + j * layout.key_row, layout.key_row);
     }
     if (!p.dq.data) return;
     for (int64_t i = 0; i < rows; i += kCutRows) {
       const int64_t count = min(kCutRows, rows - i);
       const Range seen = scores.window.keys_of(first + i, count);
-      const int64_t j = max(seen.begin, key), depth = min(seen.end, end) - j;
+      const int64_t j = max(seen.begin, key) / kDepth * kDepth, depth = min(seen.end, end) - j;
       if (depth <= 0) continue;
-      multiply<Before::kAdded>(count, layout.key_panels(), depth,
-                               Left<T>{block.scores + i * kTileRow + j - key, kTileRow, 1},
-                               Right<T>{operands.key_rows + j * layout.key_row, G::kColumns, layout.key_row},
-                               s.dq + i * layout.key_row, layout.key_row);
+      multiply<Before::kAdded>(
+          count, layout.key_panels(), depth, block.scores_by_row(i, j - key),
+          Right<O>{operands.key_rows + panel_depth<O>(j) * layout.key_row, G::kColumns, layout.key_row},
+          s.dq + i * layout.key_row, layout.key_row);
     }
   }
 
@@ -215,19 +226,20 @@ struct AttentionBackward {
     const int64_t b = head / p.kv_heads, n = head % p.kv_heads, end = min(p.keys, key + kPackBlock);
     const Extent extent(p, b);
     const Sums total(*this, first_sum);
-    const auto write = [&](const Heads& out, T* rows, int64_t row, int64_t width, const auto& rows_of) {
+    const auto write = [&](const Heads& out, T* rows, int64_t row, int64_t width, T factor, const auto& rows_of) {
       for (int64_t j = key; j < min(end, extent.keys); ++j) {
         for (int64_t share = 1; share < shares; ++share) {
           const T* part = rows_of(Sums(*this, first_sum + share)) + j * row;
           for (int64_t c = 0; c < width; c += kLanes<T>)
             store(rows + j * row + c, load(rows + j * row + c) + load(part + c));
         }
-        write_row(row_of<S>(out, b, n, extent.k_start + j), rows + j * row, width, T(1));
+        write_row(row_of<S>(out, b, n, extent.k_start + j), rows + j * row, width, factor);
       }
       if (!p.k_starts) zero_rows<S>(out, b, n, max(key, extent.keys), end, width);
     };
-    if (p.dk.data) write(p.dk, total.dk, layout.key_row, p.head_dim, [](const Sums& sums) { return sums.dk; });
-    if (p.dv.data) write(p.dv, total.dv, layout.value_row, p.value_dim, [](const Sums& sums) { return sums.dv; });
+    const T scale = kWidened ? T(1) : T(p.scale);  // widened queries have it in them
+    if (p.dk.data) write(p.dk, total.dk, layout.key_row, p.head_dim, scale, [](const Sums& sums) { return sums.dk; });
+    if (p.dv.data) write(p.dv, total.dv, layout.value_row, p.value_dim, T(1), [](const Sums& sums) { return sums.dv; });
   }
 };
 

@@ -82,7 +82,8 @@ struct BiasGradient {
   }
 
   // Adds the tile of the keys [key, end), which follow those of the tile before.
-  void add(Turn& turn, const Scores<S>& of, const QueryBlock<S>& block, int64_t first, int64_t rows, int64_t key,
+  template <class O>
+  void add(Turn& turn, const Scores<S>& of, const QueryBlock<S, O>& block, int64_t first, int64_t rows, int64_t key,
            int64_t end) const {
     if (!whole[3]) return;
     if (!whole[2]) {

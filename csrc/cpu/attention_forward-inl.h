@@ -180,8 +180,7 @@ struct AttentionForward {
       fill(s.next, Scratch::kRows, -T(__builtin_inff()));
       for (int64_t m = 0; m < count; ++m) {
         T* s_row = s.scores + m * kRow;
-        if constexpr (!kWidened)
-          for (int64_t c = 0; c < columns; c += kLanes<T>) store(s_row + c, load(s_row + c) * Vec<T>(T(p.scale)));
+        if constexpr (!kWidened) scale_row(s_row, columns, T(p.scale));
         scores.apply(first + row + m, key, columns, s_row);
         s.next[m] = largest_of(s_row, columns);
       }
@@ -193,7 +192,7 @@ struct AttentionForward {
           scores.draw(first + row + m, key, columns, s.words);
           for (int64_t c = 0; c < columns; c += kLanes<T>) store(p_row + c, scores.drop(load(p_row + c), s.words + c));
         }
-        narrow<O>(p_row, columns);
+        if constexpr (!kWidened) narrow(p_row, columns, (O*)p_row);
       }
       const int64_t from = begin / kDepth * kDepth;  // a pair may start with a key that nobody sees, its weight is 0
       multiply<Before::kScaled>(count, padded_value_dim / G::kColumns, end - from,

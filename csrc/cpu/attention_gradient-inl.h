@@ -27,19 +27,26 @@ struct GradientLayout {
   int64_t value_panels() const { return G::ceil(value_dim) / G::kColumns; }
 };
 
-// A block of query rows of one head with all that backward needs of it, and its tiles. Scratch of one thread.
-template <class S>
+// A block of query rows of one head with all that backward needs of it, and its tiles. Scratch of one thread. O is what
+// the products multiply: T, or bfloat16 in pairs.
+template <class S, class O>
 struct QueryBlock {
   using T = Compute<S>;
   using G = Tile<T>;
   using L = GradientLayout<T>;
+  using Element = typename PanelOf<O>::Element;  // as large as T
+
+  static constexpr bool kWidened = std::is_same_v<O, T>;
+  static constexpr int64_t kTileRow = L::kTileRow, kDepth = PanelOf<O>::kDepth;
 
   const AttentionParams& p;
   const L& layout;
-  T *q, *dout;                    // (kQueryBlock, key_row), scaled; (kQueryBlock, value_row)
+  Element *q, *dout;              // (kQueryBlock, key_row), (kQueryBlock, value_row); where widened, q is scaled
   T *lse, *lse_rest;              // (kQueryBlock), as two terms; +inf where there is no key, which makes P zero
   T *delta, *dlse;                // (kQueryBlock)
-  T *weights, *scores;            // (kQueryBlock, kTileRow): P after dropout and dS
+  T *weights, *scores;            // (kQueryBlock, kTileRow): P after dropout, which become pairs of rows in place; dS
+  Element* paired_scores;         // dS as pairs of rows, (kQueryBlock / 2, kTileRow), unless it is widened
+  O* narrow_scores;               // dS in storage, (kQueryBlock, kTileRow), unless it is widened
   T* bias_scores;                 // dS before the softcap's derivative: a tile of its own only where the two differ
   T *probabilities, *derivative;  // (kTileRow): P of a row, and the derivative of the softcap
   uint32_t* words;
@@ -48,32 +55,60 @@ struct QueryBlock {
 
   static int64_t elements(const AttentionParams& p, const L& layout) {
     using A = Arena<T>;
+    const int64_t tiles = 2 + own_bias_scores(p) + !kWidened;  // two of halves take the place of one
     return A::size(kQueryBlock * layout.key_row) + A::size(kQueryBlock * layout.value_row) + 4 * A::size(kQueryBlock) +
-           (own_bias_scores(p) ? 3 : 2) * A::size(kQueryBlock * L::kTileRow) + 2 * A::size(L::kTileRow) +
-           A::size(Scores<S>::draw_size(L::kTileRow));
+           tiles * A::size(kQueryBlock * kTileRow) + 2 * A::size(kTileRow) + A::size(Scores<S>::draw_size(kTileRow));
   }
 
   QueryBlock(const AttentionParams& params, const L& layout, Arena<T>& arena) : p(params), layout(layout) {
-    q = arena.take(kQueryBlock * layout.key_row);
-    dout = arena.take(kQueryBlock * layout.value_row);
+    q = (Element*)arena.take(kQueryBlock * layout.key_row);
+    dout = (Element*)arena.take(kQueryBlock * layout.value_row);
     lse = arena.take(kQueryBlock);
     lse_rest = arena.take(kQueryBlock);
     delta = arena.take(kQueryBlock);
     dlse = arena.take(kQueryBlock);
-    weights = arena.take(kQueryBlock * L::kTileRow);
-    scores = arena.take(kQueryBlock * L::kTileRow);
-    bias_scores = own_bias_scores(p) ? arena.take(kQueryBlock * L::kTileRow) : scores;
-    probabilities = arena.take(L::kTileRow);
-    derivative = arena.take(L::kTileRow);
-    words = (uint32_t*)arena.take(Scores<S>::draw_size(L::kTileRow));
+    weights = arena.take(kQueryBlock * kTileRow);
+    scores = arena.take(kQueryBlock * kTileRow);
+    bias_scores = own_bias_scores(p) ? arena.take(kQueryBlock * kTileRow) : scores;
+    paired_scores = kWidened ? nullptr : (Element*)arena.take(kQueryBlock * kTileRow);
+    narrow_scores = kWidened ? nullptr : (O*)(paired_scores + kQueryBlock / 2 * kTileRow);
+    probabilities = arena.take(kTileRow);
+    derivative = arena.take(kTileRow);
+    words = (uint32_t*)arena.take(Scores<S>::draw_size(kTileRow));
   }
 
+  // ---- operands; i and j are multiples of kDepth where they are what a product sums over
+
+  Right<O> queries_from(int64_t i) const {
+    return {q + panel_depth<O>(i) * layout.key_row, G::kColumns, layout.key_row};
+  }
+  Right<O> gradients_from(int64_t i) const {
+    return {dout + panel_depth<O>(i) * layout.value_row, G::kColumns, layout.value_row};
+  }
+  // P after dropout and dS of the keys j, j + 1, ... as rows, over the query rows from i on.
+  Left<O> weights_by_key(int64_t i, int64_t j) const { return by_key(weights, i, j); }
+  Left<O> scores_by_key(int64_t i, int64_t j) const { return by_key(kWidened ? scores : (T*)paired_scores, i, j); }
+  // dS of the query rows i, i + 1, ..., over the keys from j on.
+  Left<O> scores_by_row(int64_t i, int64_t j) const {
+    return {(kWidened ? (const O*)scores : narrow_scores) + i * kTileRow + j, kTileRow, 1};
+  }
+
+  // Rows of Q and dO as left operands.
+  struct Rows {
+    Left<O> q, dout;
+  };
+
   // Reads the rows [first, first + rows) of head n.
-  void load_rows(const Extent& extent, int64_t b, int64_t n, int64_t first, int64_t rows) const {
+  Rows load_rows(const Extent& extent, int64_t b, int64_t n, int64_t first, int64_t rows) const {
     const int64_t start = extent.q_start + first;
-    const S* dout_rows = row_of<const S>(p.dout, b, n, start);
-    copy_rows(row_of<const S>(p.q, b, n, start), p.q.row_stride, rows, p.head_dim, T(p.scale), q, layout.key_row);
-    copy_rows(dout_rows, p.dout.row_stride, rows, p.value_dim, T(1), dout, layout.value_row);
+    const S *q_rows = row_of<const S>(p.q, b, n, start), *dout_rows = row_of<const S>(p.dout, b, n, start);
+    if constexpr (kWidened) {
+      copy_rows(q_rows, p.q.row_stride, rows, p.head_dim, T(p.scale), q, layout.key_row);
+      copy_rows(dout_rows, p.dout.row_stride, rows, p.value_dim, T(1), dout, layout.value_row);
+    } else {
+      pack_columns(q_rows, p.q.row_stride, rows, p.head_dim, q, G::kColumns, layout.key_row);
+      pack_columns(dout_rows, p.dout.row_stride, rows, p.value_dim, dout, G::kColumns, layout.value_row);
+    }
     load_delta(dout_rows, row_of<const S>(p.out, b, n, start), rows);
     for (int64_t i = 0; i < rows; ++i) {
       dlse[i] = p.dlse ? T(*element_of(p.dlse, p.dlse_strides, b, n, start + i)) : T(0);
@@ -82,61 +117,83 @@ struct QueryBlock {
       lse[i] = T(whole == -__builtin_inf() ? __builtin_inf() : whole);
       lse_rest[i] = __builtin_isfinite(whole) ? T(whole - lse[i]) : T(0);
     }
+    if constexpr (kWidened)
+      return {{q, layout.key_row, 1}, {dout, layout.value_row, 1}};
+    else
+      return {{q_rows, p.q.row_stride, 1}, {dout_rows, p.dout.row_stride, 1}};
   }
 
   // P and dS of the loaded rows and the keys [key, key + columns), both multiples of kColumns, whose K and V are given
   // as panels of rows, and as they are stored, where the panels are not needed if few_queries. dS is the gradient of
   // the products. Keys that a query may not see get 0.
-  void differentiate(const Scores<S>& of, int64_t first, int64_t rows, int64_t key, int64_t columns, const T* keys,
-                     const T* values, const S* k_rows, const S* v_rows) const {
+  void differentiate(const Scores<S>& of, const Rows& loaded, int64_t first, int64_t rows, int64_t key, int64_t columns,
+                     const Element* keys, const Element* values, const S* k_rows, const S* v_rows) const {
     const EvenSplit split(rows, G::kRows);
     for (int64_t t = 0; t < split.parts; ++t) {
       const int64_t row = split.begin(t), count = split.count(t);
       const Range seen = of.window.keys_of(first + row, count);
       const int64_t begin = G::floor(Window::clamp(seen.begin - key, 0, columns));
       const int64_t seen_end = Window::clamp(seen.end - key, begin, columns), end = G::ceil(seen_end);
-      T *weight = weights + row * L::kTileRow + begin, *score = scores + row * L::kTileRow + begin;
-      if (few_queries(p)) {
-        dot_streamed(q + row * layout.key_row, layout.key_row, count, p.head_dim, k_rows + begin * p.k.row_stride,
-                     p.k.row_stride, seen_end - begin, weight, L::kTileRow);
-        dot_streamed(dout + row * layout.value_row, layout.value_row, count, p.value_dim,
-                     v_rows + begin * p.v.row_stride, p.v.row_stride, seen_end - begin, score, L::kTileRow);
-        for (int64_t m = 0; m < count; ++m) {
-          fill(weight + m * L::kTileRow + seen_end - begin, end - seen_end, T(0));
-          fill(score + m * L::kTileRow + seen_end - begin, end - seen_end, T(0));
+      T *weight = weights + row * kTileRow + begin, *score = scores + row * kTileRow + begin;
+      const Left<O> q_rows{loaded.q.data + row * loaded.q.row, loaded.q.row, 1};
+      const Left<O> dout_rows{loaded.dout.data + row * loaded.dout.row, loaded.dout.row, 1};
+      bool streamed = false;
+      if constexpr (kWidened) {
+        streamed = few_queries(p);
+        if (streamed) {
+          dot_streamed(q_rows.data, q_rows.row, count, p.head_dim, k_rows + begin * p.k.row_stride, p.k.row_stride,
+                       seen_end - begin, weight, kTileRow);
+          dot_streamed(dout_rows.data, dout_rows.row, count, p.value_dim, v_rows + begin * p.v.row_stride,
+                       p.v.row_stride, seen_end - begin, score, kTileRow);
+          for (int64_t m = 0; m < count; ++m) {
+            fill(weight + m * kTileRow + seen_end - begin, end - seen_end, T(0));
+            fill(score + m * kTileRow + seen_end - begin, end - seen_end, T(0));
+          }
         }
-      } else {
+      }
+      if (!streamed) {
         const int64_t panels = (end - begin) / G::kColumns;
-        multiply<Before::kIgnored>(count, panels, p.head_dim, Left<T>{q + row * layout.key_row, layout.key_row, 1},
-                                   Right<T>{keys + begin * p.head_dim, p.head_dim * G::kColumns, G::kColumns}, weight,
-                                   L::kTileRow);
-        multiply<Before::kIgnored>(
-            count, panels, p.value_dim, Left<T>{dout + row * layout.value_row, layout.value_row, 1},
-            Right<T>{values + begin * p.value_dim, p.value_dim * G::kColumns, G::kColumns}, score, L::kTileRow);
+        const int64_t key_depth = panel_depth<O>(p.head_dim), value_depth = panel_depth<O>(p.value_dim);
+        multiply<Before::kIgnored>(count, panels, p.head_dim, q_rows,
+                                   Right<O>{keys + begin * key_depth, key_depth * G::kColumns, G::kColumns}, weight,
+                                   kTileRow);
+        multiply<Before::kIgnored>(count, panels, p.value_dim, dout_rows,
+                                   Right<O>{values + begin * value_depth, value_depth * G::kColumns, G::kColumns},
+                                   score, kTileRow);
+        if constexpr (!kWidened)
+          for (int64_t m = 0; m < count; ++m) scale_row(weight + m * kTileRow, end - begin, T(p.scale));
       }
       for (int64_t i = row; i < row + count; ++i) {
         differentiate_row(of, first, i, key, begin, end);
-        fill(weights + i * L::kTileRow, begin, T(0));
-        fill(weights + i * L::kTileRow + end, columns - end, T(0));
-        fill(scores + i * L::kTileRow, begin, T(0));
-        fill(scores + i * L::kTileRow + end, columns - end, T(0));
-        if (bias_scores == scores) continue;
-        fill(bias_scores + i * L::kTileRow, begin, T(0));
-        fill(bias_scores + i * L::kTileRow + end, columns - end, T(0));
+        T* const tiles[] = {weights, scores, bias_scores};
+        for (int tile = 0; tile < 2 + own_bias_scores(p); ++tile) {
+          fill(tiles[tile] + i * kTileRow, begin, T(0));
+          fill(tiles[tile] + i * kTileRow + end, columns - end, T(0));
+        }
       }
+    }
+    if constexpr (!kWidened) {
+      narrow_pairs(weights, kTileRow, rows, columns, (Element*)weights);
+      narrow_pairs(scores, kTileRow, rows, columns, paired_scores);
+      for (int64_t i = 0; i < rows; ++i) narrow(scores + i * kTileRow, columns, narrow_scores + i * kTileRow);
     }
   }
 
  private:
+  Left<O> by_key(const T* tile, int64_t i, int64_t j) const {
+    return {(const O*)(tile + i / kDepth * kTileRow + j), kDepth, kTileRow};
+  }
+
   // delta_i = <dout_i, out_i>, each sum in the order of dO V^T: where a query sees one key alone, dS is then exactly 0.
   void load_delta(const S* dout_rows, const S* out_rows, int64_t rows) const {
     constexpr int lanes = kLanes<T>;
-    if (few_queries(p)) {
-      for (int64_t i = 0; i < rows; ++i)
-        dot_streamed(dout + i * layout.value_row, 0, 1, p.value_dim, out_rows + i * p.out.row_stride, 0, 1, delta + i,
-                     0);
-      return;
-    }
+    if constexpr (kWidened)
+      if (few_queries(p)) {
+        for (int64_t i = 0; i < rows; ++i)
+          dot_streamed(dout + i * layout.value_row, 0, 1, p.value_dim, out_rows + i * p.out.row_stride, 0, 1, delta + i,
+                       0);
+        return;
+      }
     for (int64_t i = 0; i < rows; i += lanes) {
       Vec<T> sum(T(0));
       for (int64_t c = 0; c < p.value_dim; c += lanes) {
@@ -152,7 +209,7 @@ struct QueryBlock {
   // Row i: products become P after dropout, gradients of P become those of the products.
   void differentiate_row(const Scores<S>& of, int64_t first, int64_t i, int64_t key, int64_t begin, int64_t end) const {
     using V = Vec<T>;
-    T *weight = weights + i * L::kTileRow, *score = scores + i * L::kTileRow;
+    T *weight = weights + i * kTileRow, *score = scores + i * kTileRow;
     of.apply(first + i, key + begin, end - begin, weight + begin, derivative + begin);
     if (of.drops()) of.draw(first + i, key + begin, end - begin, words + begin);
     const V shift(lse[i]), rest(lse_rest[i]);
@@ -179,7 +236,7 @@ struct QueryBlock {
     for (int64_t c = begin; c < end; c += kLanes<T>) {
       V gradient = load(probabilities + c) * (load(score + c) - mean);
       if (of.has_softcap) {
-        if (bias_scores != scores) store(bias_scores + i * L::kTileRow + c, gradient);
+        if (bias_scores != scores) store(bias_scores + i * kTileRow + c, gradient);
         gradient = gradient * load(derivative + c);
       }
       store(score + c, gradient);

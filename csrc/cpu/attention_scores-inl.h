@@ -134,6 +134,11 @@ FASTSEQ_INLINE T largest_of(const T* row, int64_t columns) {
   return largest_lane(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
 }
 
+template <class T>
+FASTSEQ_INLINE void scale_row(T* row, int64_t columns, T scale) {
+  for (int64_t c = 0; c < columns; c += kLanes<T>) store(row + c, load(row + c) * Vec<T>(scale));
+}
+
 // Scores become exp(score - pivot), in place. Returns their sum.
 template <class T>
 FASTSEQ_INLINE T exponentiate(T* row, int64_t columns, T pivot) {

@@ -43,9 +43,9 @@ FASTSEQ_INLINE void load_transposed(const S* w, int64_t stride, int64_t units, i
 
 FASTSEQ_INLINE Words broadcast_word(uint32_t w) { return w - Words{}; }
 
-// The same for bfloat16: a in storage, b in words that hold the weights of k and k + 1; an odd last k is paired with 0.
+// The same for bfloat16 in pairs of k and k + 1: neighbours in a, one word in b. An odd last k is paired with 0.
 template <int MR, int NP, int NV>
-FASTSEQ_INLINE void accumulate(int64_t depth, const BFloat16* const (&a)[MR], int64_t, const uint32_t* b,
+FASTSEQ_INLINE void accumulate(int64_t depth, const BFloat16* const (&a)[MR], int64_t a_step, const uint32_t* b,
                                int64_t b_panel, int64_t b_step, Vec<float> (&acc)[MR][NP * NV]) {
   const auto step = [&](int64_t pair, const Words(&scalar)[MR]) {
     FASTSEQ_UNROLL for (int j = 0; j < NP * NV; ++j) {
@@ -58,13 +58,13 @@ FASTSEQ_INLINE void accumulate(int64_t depth, const BFloat16* const (&a)[MR], in
   for (int64_t pair = 0; pair < depth / 2; ++pair) {
     FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) {
       uint32_t word;
-      std::memcpy(&word, a[m] + 2 * pair, sizeof word);
+      std::memcpy(&word, a[m] + 2 * pair * a_step, sizeof word);
       scalar[m] = broadcast_word(word);
     }
     step(pair, scalar);
   }
   if (depth & 1) {
-    FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) scalar[m] = broadcast_word(a[m][depth - 1].bits);
+    FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) scalar[m] = broadcast_word(a[m][(depth - 1) * a_step].bits);
     step(depth / 2, scalar);
   }
 }

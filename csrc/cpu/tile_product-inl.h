@@ -18,7 +18,7 @@ struct Tile {
 template <class S>
 using Operand = std::conditional_t<std::is_same_v<S, BFloat16> && kMultipliesPairs, BFloat16, Compute<S>>;
 
-// A: element (m, k) is data[m * row + k * step]; the step of pairs is 1.
+// A: element (m, k) is data[m * row + k * step]; of bfloat16, k + 1 is beside an even k.
 template <class O>
 struct Left {
   const O* data;
@@ -125,10 +125,10 @@ inline void pack_rows(const BFloat16* rows, int64_t stride, int64_t count, int64
   }
 }
 
-// Panels of columns of pairs of rows: a word of column c is out[c / kColumns * panel + i / 2 * kColumns + c %
-// kColumns].
+// Panels of columns of pairs of rows: the word of rows i and i + 1 in column c is
+// out[c / kColumns * panel + i / 2 * step + c % kColumns].
 inline void pack_columns(const BFloat16* rows, int64_t stride, int64_t count, int64_t width, uint32_t* out,
-                         int64_t panel) {
+                         int64_t panel, int64_t step = Tile<float>::kColumns) {
   constexpr int64_t kColumns = Tile<float>::kColumns;
   constexpr int lanes = kLanes<float>;
   for (int64_t i = 0; i < count; i += 2)
@@ -137,15 +137,25 @@ inline void pack_columns(const BFloat16* rows, int64_t stride, int64_t count, in
       const Vec<float> low = c < width ? load_first(first, width - c) : Vec<float>(0);
       const Vec<float> high = c < width && i + 1 < count ? load_first(first + stride, width - c) : Vec<float>(0);
       const Words pairs = ((Words)low.raw >> 16) | (Words)high.raw;
-      std::memcpy(out + c / kColumns * panel + i / 2 * kColumns + c % kColumns, &pairs, sizeof pairs);
+      std::memcpy(out + c / kColumns * panel + i / 2 * step + c % kColumns, &pairs, sizeof pairs);
     }
 }
 
-// A row of results becomes elements of an operand, in place.
-template <class O>
-FASTSEQ_INLINE void narrow(Compute<O>* row, int64_t columns) {
-  if constexpr (!std::is_same_v<O, Compute<O>>)
-    for (int64_t c = 0; c < columns; c += kLanes<Compute<O>>) store((O*)row + c, load(row + c));
+// A row of results in storage, in place or elsewhere.
+inline void narrow(const float* row, int64_t columns, BFloat16* out) {
+  for (int64_t c = 0; c < columns; c += kLanes<float>) store(out + c, load(row + c));
+}
+
+// Rows of results as words of pairs of rows, those of the rows i and i + 1 from out + i / 2 * stride on; in place or
+// elsewhere.
+inline void narrow_pairs(const float* rows, int64_t stride, int64_t count, int64_t columns, uint32_t* out) {
+  for (int64_t i = 0; i < count; i += 2)
+    for (int64_t c = 0; c < columns; c += kLanes<float>) {
+      const float* first = rows + i * stride + c;
+      const Words low = round_to_bfloat16(load(first));
+      const Words pairs = low | round_to_bfloat16(i + 1 < count ? load(first + stride) : Vec<float>(0)) << 16;
+      std::memcpy(out + i / 2 * stride + c, &pairs, sizeof pairs);
+    }
 }
 
 }  // namespace fastseq::FASTSEQ_ISA
