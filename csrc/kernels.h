@@ -155,12 +155,29 @@ struct LayerNormKernels {
   Status (*backward)(const LayerNormParams&);
 };
 
+// A product of the rows of x with packed weights: y = x W^T + bias.
+struct LinearParams {
+  int64_t steps, batch, inputs, outputs;  // each >= 1; (T, B, K) and (T, B, N)
+  int threads;                            // at most this many
+  const void *weight, *bias;              // (N, K) and (N), contiguous; bias null: 0
+  const void* panels;                     // what `pack` wrote
+  Sequence x;
+  void* y;  // (T, B, N) contiguous; no overlap with x
+};
+
+struct LinearKernels {
+  int64_t (*panels_bytes)(const LinearParams&);     // reads K, N
+  void (*pack)(const LinearParams&, void* panels);  // reads K, N, threads, weight, bias; panels 64-byte aligned
+  Status (*forward)(const LinearParams&);           // reads all but weight and bias
+};
+
 struct Kernels {
   const char* isa;  // "baseline", "avx2", "avx512", "avx512_bf16"
   int vector_bytes;
   const RecurrentKernels* (*recurrent)(int cell);  // kDtypes entries
   const AttentionKernels* attention;               // kDtypes entries
   const LayerNormKernels* layer_norm;              // kDtypes entries
+  const LinearKernels* linear;                     // kDtypes entries
   double (*fma_peak)(int dtype, double seconds);   // measured flops per second of one core at full FMA rate
 };
 

@@ -133,12 +133,25 @@ cdef extern from "kernels.h" namespace "fastseq" nogil:
     struct LayerNormKernels:
         Status (*forward)(const LayerNormParams&) noexcept nogil
         Status (*backward)(const LayerNormParams&) noexcept nogil
+    struct LinearParams:
+        int64_t steps, batch, inputs, outputs
+        int threads
+        const void* weight
+        const void* bias
+        const void* panels
+        Sequence x
+        void* y
+    struct LinearKernels:
+        int64_t (*panels_bytes)(const LinearParams&) noexcept nogil
+        void (*pack)(const LinearParams&, void*) noexcept nogil
+        Status (*forward)(const LinearParams&) noexcept nogil
     struct Kernels:
         const char* isa
         int vector_bytes
         const RecurrentKernels* (*recurrent)(int) noexcept nogil
         const AttentionKernels* attention
         const LayerNormKernels* layer_norm
+        const LinearKernels* linear
         double (*fma_peak)(int, double) noexcept nogil
     struct Checksum:
         uint64_t sum

@@ -20,6 +20,7 @@ cdef const Kernels* active = default_kernels()
 include "_native_tensors.pxi"
 include "_native_attention.pxi"
 include "_native_layer_norm.pxi"
+include "_native_linear.pxi"
 
 
 def isas():

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from fastseq import compat
 from fastseq import nn as fastseq_nn
-from fastseq.nn.recurrent import PacksWeights
+from fastseq.nn.packed_weights import PacksWeights
 
 __all__ = ["FuseReport", "Row", "freeze", "fuse", "fuse_report", "unfreeze", "unfuse"]
 

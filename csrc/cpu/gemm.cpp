@@ -146,6 +146,8 @@ void multiply_outer(int64_t count, int64_t depth, const T* gates, int64_t gate_s
 
 #define FASTSEQ_INSTANTIATE(S)                                                                                   \
   template void pack_column<S>(const S*, int64_t, int64_t, int64_t, PanelOf<S>::Element*, int64_t);              \
+  template void multiply_rows<2, S>(const S* const*, int64_t, int, int64_t, const PanelOf<S>::Element*, int64_t, \
+                                    const Compute<S>*, Compute<S>*, int64_t, int64_t);                           \
   template void multiply_rows<3, S>(const S* const*, int64_t, int, int64_t, const PanelOf<S>::Element*, int64_t, \
                                     const Compute<S>*, Compute<S>*, int64_t, int64_t);                           \
   template void multiply_rows<4, S>(const S* const*, int64_t, int, int64_t, const PanelOf<S>::Element*, int64_t, \

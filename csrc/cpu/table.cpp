@@ -11,6 +11,7 @@ extern const RecurrentKernels kRnnTanhKernels[kDtypes], kRnnReluKernels[kDtypes]
     kGruKernels[kDtypes];
 extern const AttentionKernels kAttentionKernels[kDtypes];
 extern const LayerNormKernels kLayerNormKernels[kDtypes];
+extern const LinearKernels kLinearKernels[kDtypes];
 
 const RecurrentKernels* recurrent_kernels(int cell) {
   const RecurrentKernels* const kernels[kCells] = {kRnnTanhKernels, kRnnReluKernels, kLstmKernels, kGruKernels};
@@ -18,6 +19,6 @@ const RecurrentKernels* recurrent_kernels(int cell) {
 }
 
 extern const Kernels kTable = {
-    FASTSEQ_STRINGIFY(FASTSEQ_ISA), kVectorBytes, recurrent_kernels, kAttentionKernels, kLayerNormKernels, fma_peak};
+    FASTSEQ_STRINGIFY(FASTSEQ_ISA), kVectorBytes, recurrent_kernels, kAttentionKernels, kLayerNormKernels, kLinearKernels, fma_peak};
 
 }  // namespace fastseq::FASTSEQ_ISA

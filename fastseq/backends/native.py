@@ -1,5 +1,5 @@
 """The compiled kernels, as functions of tensors: recurrent layers in one direction, attention and layer
-normalization, forward and backward.
+normalization, forward and backward; linear layers, forward.
 
 Of the recurrent functions: T steps, B rows, input size I, hidden size H, G gates. Weights are (w_ih (G*H, I), w_hh
 (G*H, H), b_ih (G*H,), b_hh (G*H,)) in torch's layout and gate order, the biases both None or both given. Cells are
@@ -31,7 +31,9 @@ __all__ = [
     "isas",
     "layer_norm_backward",
     "layer_norm_forward",
+    "linear_forward",
     "pack",
+    "pack_linear",
     "recurrent_backward",
     "recurrent_forward",
     "recurrent_step",
@@ -337,3 +339,13 @@ def layer_norm_backward(
         needs: three bools, in the order of the result.
     """
     return _native.layer_norm_backward(dy, dz, z, weight, mean, rstd, needs, torch.get_num_threads())
+
+
+# pack_linear(weight, bias, threads) -> LinearPanels
+# weight (N, K) and bias (N,) or None, packed for the active instruction set; as `Panels` of `pack` otherwise.
+pack_linear = _native.pack_linear
+
+# linear_forward(x, panels, threads) -> y
+# y = x W^T + bias: x (K,), (B, K) or (T, B, K) with any strides, but 1 along the last axis; y (..., N) contiguous.
+# Not wrapped, as tiny calls are as long as a Python call.
+linear_forward = _native.linear_forward

@@ -10,9 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastseq.ops import support
+from fastseq.nn.packed_weights import PacksWeights
+from fastseq.ops import linear, support
 from fastseq.ops.attention import scaled_dot_product_attention
 from fastseq.ops.support import Route
+
+# Places of packed weights: the output projection; the input projection in one, two or three parts; three of their own.
+_OUT, _SELF, _MEMORY, _THREE = range(4)
+_EACH = range(1, 4)
 
 
 class _Masks(NamedTuple):
@@ -37,7 +42,7 @@ class _Masks(NamedTuple):
         return dead if dead.any() else None
 
 
-class MultiheadAttention(nn.MultiheadAttention):
+class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
     """A drop-in `torch.nn.MultiheadAttention`: same arguments, parameters, initialization, state_dict, shapes, errors.
 
     Args:
@@ -98,7 +103,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         batched = query.dim() == 3
         batch_first = self.batch_first or not batched
         added_keys = (self.bias_k is not None) + bool(self.add_zero_attn)
-        q, k, v = (self._heads(x, batch_first) for x in self._projections(query, key, value))
+        q, k, v = (self._heads(x, batch_first) for x in self._projections(backend, query, key, value))
         if added_keys:
             k, v = self._with_added_keys(k, self.bias_k), self._with_added_keys(v, self.bias_v)
         # torch's reading of the hint
@@ -113,7 +118,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             out = scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
         out = out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)
         out_proj = self.out_proj
-        out = F.linear(out.flatten(2), out_proj.weight, out_proj.bias)
+        (out,) = self._linear(backend, _OUT, (out.flatten(2),), out_proj.weight, out_proj.bias)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         if batched:
@@ -172,21 +177,50 @@ class MultiheadAttention(nn.MultiheadAttention):
         heads = math.prod(batch) * self.num_heads
         return attn_mask is None or tuple(attn_mask.shape) in ((queries, keys), (heads, queries, keys))
 
-    def _projections(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    def _projections(self, backend: ModuleType, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values with all heads side by side, in as few products as their inputs allow."""
-        bias = self.in_proj_bias
+        bias, size = self.in_proj_bias, self.embed_dim
         if not self._qkv_same_embed_dim:
             biases = (None,) * 3 if bias is None else bias.chunk(3)
-            inputs = zip((query, key, value), self._separate_weights(), biases, strict=True)
-            return tuple(F.linear(x, w, b) for x, w, b in inputs)
+            each = zip(_EACH, (query, key, value), self._separate_weights(), biases, strict=True)
+            return tuple(self._linear(backend, place, (x,), w, b)[0] for place, x, w, b in each)
         weight = self.in_proj_weight
         if query is key is value:
-            return F.linear(query, weight, bias).chunk(3, -1)
-        sizes = [self.embed_dim, 2 * self.embed_dim] if key is value else [self.embed_dim] * 3
-        inputs = (query, key) if key is value else (query, key, value)
-        biases = (None,) * 3 if bias is None else bias.split(sizes)
-        parts = [F.linear(x, w, b) for x, w, b in zip(inputs, weight.split(sizes), biases, strict=False)]
-        return (parts[0], *parts[1].chunk(2, -1)) if key is value else tuple(parts)
+            return self._linear(backend, _SELF, (query,), weight, bias)[0].chunk(3, -1)
+        if key is value:
+            q, kv = self._linear(backend, _MEMORY, (query, key), weight, bias, (size, 2 * size))
+            return (q, *kv.chunk(2, -1))
+        return tuple(self._linear(backend, _THREE, (query, key, value), weight, bias, (size,) * 3))
+
+    def _linear(
+        self,
+        backend: ModuleType,
+        place: int,
+        inputs: tuple[Tensor, ...],
+        weight: Tensor,
+        bias: Tensor | None,
+        sizes: tuple[int, ...] = (),
+    ) -> list[Tensor]:
+        """Each of the inputs times its part of the weight, the rows that `sizes` tells, plus that of the bias."""
+
+        def parts(weight: Tensor, bias: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+            if not sizes:
+                return [(weight, bias)]
+            biases = (None,) * len(sizes) if bias is None else bias.split(sizes)
+            return list(zip(weight.split(sizes), biases, strict=True))
+
+        panels = None
+        if all(linear.packs(x, weight, bias) for x in inputs):
+            threads = torch.get_num_threads()
+            (panels,) = self._packed_weights().panels(
+                backend,
+                place,
+                [(weight, bias)],
+                lambda whole: [backend.pack_linear(*p, threads) for p in parts(*whole)],
+            )
+        if panels is not None:
+            return [linear.linear(backend, x, weight, bias, p) for x, p in zip(inputs, panels, strict=True)]
+        return [linear.linear(backend, x, *part) for x, part in zip(inputs, parts(weight, bias), strict=True)]
 
     def _heads(self, x: Tensor, batch_first: bool) -> Tensor:
         """(B, N, L, D) as a view of (B, L, E), (L, B, E) or (L, E)."""

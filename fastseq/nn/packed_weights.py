@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastseq.ops.cell import Direction
+Weights = tuple[Tensor | None, ...]  # that are packed together
+Pack = Callable[[Weights], Any]
 
 
 class _Weight(NamedTuple):
@@ -31,7 +32,7 @@ class _Entry(NamedTuple):
 
 
 class PackedWeights:
-    """The panels of a module's layers and directions, by their place in the module.
+    """The panels of a module's weights, by their place in the module.
 
     An entry holds for the very tensors it was made from: same objects, same memory, same version counters and, as
     writes through `.data` change none of these, the same checksum of every byte. `frozen` leaves out the last two.
@@ -49,24 +50,28 @@ class PackedWeights:
         """Drops every panel."""
         self._entries = {}
 
-    def panels(self, backend: ModuleType, cell: str, place: int, weights: Sequence[Direction]) -> tuple[Any, ...]:
-        """The panels for each direction of `weights`, packed anew where they changed; None where not contiguous."""
+    def panels(self, backend: ModuleType, place: int, weights: Sequence[Weights], pack: Pack) -> tuple[Any, ...]:
+        """What `pack` makes of each of `weights`, anew where they changed; None where not contiguous.
+
+        Args:
+            place: the key of the first of `weights`; the others have those after it.
+        """
         panels = []
-        for direction in weights:
+        for group in weights:
             entry = self._entries.get(place)
-            if entry is not None and self._holds(entry, backend, direction):
+            if entry is not None and self._holds(entry, backend, group):
                 panels.append(entry.panels)
             else:
-                panels.append(self._pack(backend, cell, place, direction))
+                panels.append(self._pack(backend, place, group, pack))
             place += 1
         return tuple(panels)
 
-    def _pack(self, backend: ModuleType, cell: str, place: int, direction: Direction) -> Any:
-        if not all(w is None or w.is_contiguous() for w in direction):
+    def _pack(self, backend: ModuleType, place: int, group: Weights, pack: Pack) -> Any:
+        if not all(w is None or w.is_contiguous() for w in group):
             return None
         # Before packing: a write by another thread meanwhile must not pass for packed.
-        weights = [None if w is None else self._describe(backend, w) for w in direction]
-        panels = backend.pack(cell, direction)
+        weights = [None if w is None else self._describe(backend, w) for w in group]
+        panels = pack(group)
         self._entries[place] = _Entry(backend, backend.active_isa(), weights, panels)
         return panels
 
@@ -74,10 +79,10 @@ class PackedWeights:
         checksum = None if self.frozen else backend.checksum(weight)
         return _Weight(weakref.ref(weight), weight.data_ptr(), weight.dtype, _version(weight), checksum)
 
-    def _holds(self, entry: _Entry, backend: ModuleType, direction: Direction) -> bool:
+    def _holds(self, entry: _Entry, backend: ModuleType, group: Weights) -> bool:
         if entry.backend is not backend or entry.isa != backend.active_isa():
             return False
-        pairs = list(zip(entry.weights, direction, strict=True))
+        pairs = list(zip(entry.weights, group, strict=True))
         for known, weight in pairs:
             if known is None or weight is None:
                 if known is not weight:
@@ -97,3 +102,20 @@ def _version(weight: Tensor) -> int | None:
         return weight._version
     except RuntimeError:  # inference tensors have none
         return None
+
+
+class PacksWeights:
+    """A module that keeps packed weights for inference. They are no part of its state_dict."""
+
+    def _packed_weights(self) -> PackedWeights:
+        packed = self.__dict__.get("_fastseq_packed")
+        return self.__dict__.setdefault("_fastseq_packed", PackedWeights()) if packed is None else packed
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        self._packed_weights().clear()  # .to() and its kin give parameters new memory behind the same identity
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # Frozen weights are not looked at; and where torch swaps tensors to load, none may be weakly referenced.
+        self._packed_weights().clear()
+        super()._load_from_state_dict(*args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from fastseq.nn.packed_weights import PackedWeights
+from fastseq.nn.packed_weights import PackedWeights, PacksWeights
 from fastseq.ops import checks, composite, support
 from fastseq.ops.autograd import needs_grad
 from fastseq.ops.cell import Cell, Direction, Layer
@@ -21,23 +22,6 @@ from fastseq.ops.recurrent import run_layer, run_step
 from fastseq.ops.support import Route
 
 States = tuple[Tensor | None, Tensor | None]  # h and c; c is None but for LSTM
-
-
-class PacksWeights:
-    """A module that keeps packed weights for inference. They are no part of its state_dict."""
-
-    def _packed_weights(self) -> PackedWeights:
-        packed = self.__dict__.get("_fastseq_packed")
-        return self.__dict__.setdefault("_fastseq_packed", PackedWeights()) if packed is None else packed
-
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        self._packed_weights().clear()  # .to() and its kin give parameters new memory behind the same identity
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        # Frozen weights are not looked at; and where torch swaps tensors to load, none may be weakly referenced.
-        self._packed_weights().clear()
-        super()._load_from_state_dict(*args)
 
 
 class _Run(NamedTuple):
@@ -171,12 +155,13 @@ class SequenceModule(PacksWeights):
         want_c = run.return_states and cell.has_c
         last_h, last_c, all_h, all_c = [], [], [], []
         h_0, c_0 = states
+        pack = partial(run.backend.pack, cell.name) if run.keeps_panels else None
         for layer in range(layers):
             begin, end = layer * directions, (layer + 1) * directions
             weights = run.weights[begin:end]
             panels = None
             if run.keeps_panels:
-                panels = self._packed_weights().panels(run.backend, cell.name, begin, weights)
+                panels = self._packed_weights().panels(run.backend, begin, weights, pack)
             call = Layer(
                 cell,
                 reverse,
@@ -270,10 +255,11 @@ class SequenceModule(PacksWeights):
     ) -> tuple[Tensor, States]:
         """`_layers` for one step and one direction without gradients: the shortest way to the kernels."""
         cell, keep, threads = self._cell, self._packed_weights(), torch.get_num_threads()
+        pack = partial(backend.pack, cell.name)
         last = []
         for layer, direction in enumerate(weights):
             h, c = (None if s is None else unit_stride(s[layer]) for s in states)
-            panels = keep.panels(backend, cell.name, layer, [direction])[0] if keep.frozen else None
+            panels = keep.panels(backend, layer, [direction], pack)[0] if keep.frozen else None
             w_ih, w_hh, b_ih, b_hh = map(contiguous, direction)
             x, h, c, _ = backend.recurrent_step(
                 cell.name, unit_stride(x), h, c, w_ih, w_hh, b_ih, b_hh, threads, False, panels, float_state
@@ -406,5 +392,5 @@ class CellModule(PacksWeights):
     def _frozen_panels(self, packed: PackedWeights, cell: Cell, input: Tensor, weights: Direction) -> Any:
         route, backend = support.route((input, *weights))
         if route is Route.KERNELS and not needs_grad(input, *weights):
-            return packed.panels(backend, cell.name, 0, [weights])[0]
+            return packed.panels(backend, 0, [weights], partial(backend.pack, cell.name))[0]
         return None

@@ -6,6 +6,7 @@ from fastseq.ops.attention_function import AttentionFunction
 from fastseq.ops.cell import Cell, Layer
 from fastseq.ops.gru import GRU, gru, gru_cell
 from fastseq.ops.layer_norm import LayerNormFunction, layer_norm
+from fastseq.ops.linear import LinearFunction
 from fastseq.ops.lstm import LSTM, lstm, lstm_cell
 from fastseq.ops.recurrent import RecurrentFunction, StepFunction
 from fastseq.ops.rnn import RELU, TANH, rnn, rnn_cell
@@ -21,6 +22,7 @@ __all__ = [
     "Cell",
     "Layer",
     "LayerNormFunction",
+    "LinearFunction",
     "RecurrentFunction",
     "StepFunction",
     "gru",

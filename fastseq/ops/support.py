@@ -46,7 +46,9 @@ SERVICE: tuple[Service, ...] = (
     Service("PackedSequence, sorted or not", "kernels", "rows active at each step, no padding computed"),
     Service("scaled_dot_product_attention, with masks and dropout", "kernels", "same dtypes; no scores in memory"),
     Service("causal=, window=, lengths, cu_seqlens, softcap, ...", "kernels", "other cases: torch ops with all scores"),
-    Service("MultiheadAttention, Transformer layers", "kernels", "attention, sums with norms; projections: torch's"),
+    Service(
+        "MultiheadAttention, Transformer layers", "kernels", "attention, sums with norms, projections where faster"
+    ),
     Service("layer_norm with a residual, LayerNorm", "kernels", "float32, float64, where faster: from 2**18 elements"),
     Service("need_weights=True, dropout_p=1", "torch ops", "all scores in memory"),
     Service("torch.compile, RNN / LSTM / GRU", "kernels", "one opaque op per layer; backward runs forward again"),

@@ -18,7 +18,7 @@ import torch
 
 from fastseq.info import load_kernels
 from fastseq.reference.error_rule import EPS, Verdict, error_rule
-from fastseq.verify import attention, layer_norm, recurrent
+from fastseq.verify import attention, layer_norm, linear, recurrent
 from fastseq.verify.tensors import Comparison
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -35,6 +35,7 @@ class Family(NamedTuple):
 FAMILIES = {cell: Family(recurrent.cases, partial(recurrent.compare, cell)) for cell in recurrent.CELLS}
 FAMILIES["attention"] = Family(attention.cases, attention.compare)
 FAMILIES["layer_norm"] = Family(layer_norm.cases, layer_norm.compare)
+FAMILIES["linear"] = Family(linear.cases, linear.compare)
 
 
 class NothingToVerify(RuntimeError):

@@ -1,0 +1,106 @@
+"""Linear layers: the projections around attention, over the kernels where those are the faster ones."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastseq.ops import support
+from fastseq.ops.autograd import c_apply, composite_backward, needs_grad
+from fastseq.ops.kernel_calls import contiguous, unit_stride
+
+# torch's time over ours on Zen 3 (AVX2), with the check of the packed weights, for K = 512, N = 512 and 1536, M rows.
+# float32: with one thread 1.1 to 1.5 for M of 4 to 32 and 0.97 to 1.02 above, where both are near the peak; with four
+# 1.3 to 1.6. float64: 0.9 to 2.0. With fewer rows, reading the weights for the check is most of it: 0.6 to 1.1.
+FEWEST_ROWS = 4
+FEWEST_PRODUCTS = 2**20  # M * K * N: smaller calls are as long as their checks
+
+# bfloat16: 2.5 to 6.6, where torch has no product of its own library for it, and forward and backward. oneDNN's needs
+# AVX-512, and is not measured here.
+_onednn_bfloat16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)()
+
+
+def packs(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """True where `linear` takes packed weights: in calls without gradients that the kernels serve faster than torch.
+
+    Args:
+        x: (..., K), weight (N, K), bias (N,): what `support.route` answered KERNELS for.
+    """
+    if needs_grad(x, weight, bias):
+        return False
+    if x.dtype is torch.bfloat16:
+        return not _onednn_bfloat16
+    outputs, inputs = weight.shape
+    elements = x.numel()
+    return elements >= FEWEST_ROWS * inputs and elements * outputs >= FEWEST_PRODUCTS
+
+
+def linear(backend: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None, panels: Any = None) -> Tensor:
+    """x @ weight.mT + bias, as `torch.nn.functional.linear`: (..., N).
+
+    Args:
+        x: (..., K) with 1 to 3 axes, weight (N, K), bias (N,): what `support.route` answered KERNELS for.
+        panels: `backend.pack_linear(weight, bias)` where `packs`, else None.
+    """
+    if panels is not None:
+        return backend.linear_forward(unit_stride(x), panels, torch.get_num_threads())
+    if x.dtype is torch.bfloat16 and not _onednn_bfloat16:
+        return _apply(backend, x, weight, bias) if needs_grad(x, weight, bias) else _multiply(backend, x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _multiply(backend: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    threads = torch.get_num_threads()
+    panels = backend.pack_linear(contiguous(weight), contiguous(bias), threads)
+    return backend.linear_forward(unit_stride(x), panels, threads)
+
+
+class LinearFunction(torch.autograd.Function):
+    """x @ weight.mT + bias over the kernels, forward and backward.
+
+    `LinearFunction.apply(backend, x, weight, bias)` returns (..., N): `backend` is a module with `pack_linear` and
+    `linear_forward`, x (..., K) with 1 to 3 axes, weight (N, K), bias (N,) or None. All three get gradients. With
+    `create_graph=True` these come from torch ops.
+
+    Example:
+        >>> import torch
+        >>> from fastseq import backends
+        >>> from fastseq.ops import LinearFunction
+        >>> x, weight = torch.randn(3, 8), torch.randn(5, 8, requires_grad=True)
+        >>> if (backend := backends.select()) is not None:
+        ...     LinearFunction.apply(backend, x, weight, None).sum().backward()
+    """
+
+    @staticmethod
+    def forward(ctx: Any, backend: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See the class."""
+        ctx.save_for_backward(x, weight, bias)
+        ctx.backend = backend
+        return _multiply(backend, x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        """Gradients of x, weight and bias, None for those that need none."""
+        x, weight, bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:]
+        if not support.kernels_differentiate((dy,)):
+            grads = composite_backward(
+                lambda x, weight, bias: (F.linear(x, weight, bias),), (x, weight, bias), (dy,), needs
+            )
+            return None, *grads
+        dx = dweight = dbias = None
+        if needs[0]:
+            dx = _multiply(ctx.backend, dy, weight.mT)
+        rows = dy.reshape(-1, dy.shape[-1])
+        if needs[1]:
+            dweight = _multiply(ctx.backend, rows.mT.contiguous(), x.reshape(-1, x.shape[-1]).mT)
+        if needs[2]:
+            dbias = rows.sum(0)
+        return None, dx, dweight, dbias
+
+
+_apply = c_apply(LinearFunction)
