@@ -78,7 +78,8 @@ def test_any_number_of_threads_and_rows_gives_the_same_bits(native, dtype):
 def test_what_the_kernel_refuses(native):
     weight, bias = make(5, 3), make(5)
     panels = native.pack_linear(weight, bias, 1)
-    assert panels.isa == native.active_isa() and panels.nbytes > 0
+    assert panels.isa == native.active_isa()
+    assert panels.nbytes > 0
     for error, call in (
         (ValueError, lambda: native.pack_linear(weight[0], bias, 1)),
         (ValueError, lambda: native.pack_linear(weight.mT, None, 1)),
@@ -176,7 +177,9 @@ def test_packed_projections(kind, calls):
     assert calls.count("pack_linear") == calls.count("linear_forward") > 1
     calls.clear()
     agrees()
-    assert "pack_linear" not in calls and "checksum" in calls and "linear_forward" in calls
+    assert "pack_linear" not in calls
+    assert "checksum" in calls
+    assert "linear_forward" in calls
     for name, parameter in attention.named_parameters():
         calls.clear()
         parameter.data.mul_(2).add_(0.125)  # which no version counter sees
@@ -192,7 +195,8 @@ def test_packed_projections(kind, calls):
     agrees()  # load_state_dict of the other one: nothing of this one changes
     calls.clear()
     agrees()
-    assert "checksum" not in calls and "pack_linear" not in calls
+    assert "checksum" not in calls
+    assert "pack_linear" not in calls
     fastseq.unfreeze(attention)
     attention.float()
     assert attention.in_proj_weight is None or attention.in_proj_weight.dtype is torch.float32

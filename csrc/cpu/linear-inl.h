@@ -67,9 +67,7 @@ struct Linear {
 
  private:
   T* bias_of(void* memory, int64_t panel) const { return (T*)memory + panel * kColumns; }
-  Element* weights_of(void* memory, int64_t panel) const {
-    return (Element*)bias_of(memory, panels) + panel * stride;
-  }
+  Element* weights_of(void* memory, int64_t panel) const { return (Element*)bias_of(memory, panels) + panel * stride; }
 
   void pack_panel(int64_t panel, void* memory) const {
     for (int64_t lane = 0; lane < kColumns; lane += V::kLanes) {
@@ -103,8 +101,7 @@ struct Linear {
       const int64_t column = panel * kColumns, columns = min(kColumns, p.outputs - column);
       for (int64_t m = 0; m < count; ++m) {
         S* y = (S*)p.y + (first + m) * p.outputs + column;
-        for (int64_t c = 0; c < columns; c += V::kLanes)
-          store_first(y + c, load(sums + m * kColumns + c), columns - c);
+        for (int64_t c = 0; c < columns; c += V::kLanes) store_first(y + c, load(sums + m * kColumns + c), columns - c);
       }
     }
   }

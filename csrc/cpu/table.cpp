@@ -18,7 +18,12 @@ const RecurrentKernels* recurrent_kernels(int cell) {
   return kernels[cell];
 }
 
-extern const Kernels kTable = {
-    FASTSEQ_STRINGIFY(FASTSEQ_ISA), kVectorBytes, recurrent_kernels, kAttentionKernels, kLayerNormKernels, kLinearKernels, fma_peak};
+extern const Kernels kTable = {FASTSEQ_STRINGIFY(FASTSEQ_ISA),
+                               kVectorBytes,
+                               recurrent_kernels,
+                               kAttentionKernels,
+                               kLayerNormKernels,
+                               kLinearKernels,
+                               fma_peak};
 
 }  // namespace fastseq::FASTSEQ_ISA
