@@ -42,6 +42,21 @@ class _Masks(NamedTuple):
         return dead if dead.any() else None
 
 
+_NO_MASKS = _Masks(None, None)
+
+
+class Call(NamedTuple):
+    """What serves a call of MultiheadAttention, and its parameters."""
+
+    backend: ModuleType
+    in_weights: tuple[Tensor, ...]  # one for queries, keys and values, or three
+    in_bias: Tensor | None
+    out_weight: Tensor
+    out_bias: Tensor | None
+    bias_k: Tensor | None
+    bias_v: Tensor | None
+
+
 class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
     """A drop-in `torch.nn.MultiheadAttention`: same arguments, parameters, initialization, state_dict, shapes, errors.
 
@@ -95,20 +110,39 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """See the class."""
-        backend = self._backend(query, key, value, key_padding_mask, attn_mask, is_causal)
-        if backend is None:
+        call = self._call(query, key, value, key_padding_mask, attn_mask, is_causal)
+        if call is None:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
+        return self._attend(
+            call, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+
+    def _attend(
+        self,
+        call: Call,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` over the kernels, `call` being what `_call` answered for the same arguments."""
         batched = query.dim() == 3
         batch_first = self.batch_first or not batched
-        added_keys = (self.bias_k is not None) + bool(self.add_zero_attn)
-        q, k, v = (self._heads(x, batch_first) for x in self._projections(backend, query, key, value))
-        if added_keys:
-            k, v = self._with_added_keys(k, self.bias_k), self._with_added_keys(v, self.bias_v)
+        q, k, v = (self._heads(x, batch_first) for x in self._projections(call, query, key, value))
+        masks = _NO_MASKS
         # torch's reading of the hint
         is_causal = is_causal and key_padding_mask is None and not need_weights
-        masks = self._masks(None if is_causal else attn_mask, key_padding_mask, q.shape[0]).with_keys(added_keys)
+        if key_padding_mask is not None or not (is_causal or attn_mask is None):
+            masks = self._masks(None if is_causal else attn_mask, key_padding_mask, q.shape[0])
+        if call.bias_k is not None or self.add_zero_attn:
+            k, v = self._with_added_keys(k, call.bias_k), self._with_added_keys(v, call.bias_v)
+            masks = masks.with_keys(k.shape[2] - key.shape[-2 if batch_first else 0])
         dropout_p = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -117,15 +151,14 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
             mask = masks.allowed if masks.bias is None else masks.bias
             out = scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
         out = out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)
-        out_proj = self.out_proj
-        (out,) = self._linear(backend, _OUT, (out.flatten(2),), out_proj.weight, out_proj.bias)
+        (out,) = self._linear(call.backend, _OUT, (out.flatten(2),), call.out_weight, call.out_bias)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         if batched:
             return out, weights
         return out.squeeze(0), None if weights is None else weights.squeeze(0)
 
-    def _backend(
+    def _call(
         self,
         query: object,
         key: object,
@@ -133,26 +166,29 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
         key_padding_mask: object,
         attn_mask: object,
         is_causal: bool,
-    ) -> ModuleType | None:
-        """The backend that serves a call; None where torch's forward is to compute it, or to name the mistake."""
+    ) -> Call | None:
+        """What serves a call; None where torch's forward is to compute it, or to name the mistake."""
         if support.observed() or not (
             isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
         ):
             return None
         masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
-        if not all(isinstance(mask, Tensor) for mask in masks) or len({mask.dtype for mask in masks}) > 1:
+        if masks and (not all(isinstance(mask, Tensor) for mask in masks) or len({mask.dtype for mask in masks}) > 1):
             return None
+        # Each parameter once: nn.Module looks for its attributes in three dictionaries.
         weights = (self.in_proj_weight,) if self._qkv_same_embed_dim else self._separate_weights()
-        out_proj = self.out_proj
+        in_bias, out_proj, bias_k, bias_v = self.in_proj_bias, self.out_proj, self.bias_k, self.bias_v
+        out_weight, out_bias = out_proj.weight, out_proj.bias
+        inputs = (query,) if query is key is value else (query, key, value)
         route, backend = support.route(
-            (query, key, value, *weights, self.in_proj_bias, out_proj.weight, out_proj.bias,
-             self.bias_k, self.bias_v, *(mask for mask in masks if mask.dtype is not torch.bool))
+            (*inputs, *weights, in_bias, out_weight, out_bias, bias_k, bias_v,
+             *(mask for mask in masks if mask.dtype is not torch.bool))
         )  # fmt: skip
         if route is not Route.KERNELS or not all(m.dtype is query.dtype or support.plain(m, torch.bool) for m in masks):
             return None
         if (is_causal and attn_mask is None) or not self._fits(query, key, value, key_padding_mask, attn_mask):
             return None
-        return backend
+        return Call(backend, weights, in_bias, out_weight, out_bias, bias_k, bias_v)
 
     def _separate_weights(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
@@ -177,14 +213,14 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
         heads = math.prod(batch) * self.num_heads
         return attn_mask is None or tuple(attn_mask.shape) in ((queries, keys), (heads, queries, keys))
 
-    def _projections(self, backend: ModuleType, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    def _projections(self, call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values with all heads side by side, in as few products as their inputs allow."""
-        bias, size = self.in_proj_bias, self.embed_dim
+        backend, bias, size = call.backend, call.in_bias, self.embed_dim
         if not self._qkv_same_embed_dim:
             biases = (None,) * 3 if bias is None else bias.chunk(3)
-            each = zip(_EACH, (query, key, value), self._separate_weights(), biases, strict=True)
+            each = zip(_EACH, (query, key, value), call.in_weights, biases, strict=True)
             return tuple(self._linear(backend, place, (x,), w, b)[0] for place, x, w, b in each)
-        weight = self.in_proj_weight
+        (weight,) = call.in_weights
         if query is key is value:
             return self._linear(backend, _SELF, (query,), weight, bias)[0].chunk(3, -1)
         if key is value:
@@ -203,24 +239,21 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
     ) -> list[Tensor]:
         """Each of the inputs times its part of the weight, the rows that `sizes` tells, plus that of the bias."""
 
-        def parts(weight: Tensor, bias: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+        if not all(linear.packs(x, weight, bias) for x in inputs):
             if not sizes:
-                return [(weight, bias)]
-            biases = (None,) * len(sizes) if bias is None else bias.split(sizes)
-            return list(zip(weight.split(sizes), biases, strict=True))
-
-        panels = None
-        if all(linear.packs(x, weight, bias) for x in inputs):
-            threads = torch.get_num_threads()
-            (panels,) = self._packed_weights().panels(
-                backend,
-                place,
-                [(weight, bias)],
-                lambda whole: [backend.pack_linear(*p, threads) for p in parts(*whole)],
-            )
-        if panels is not None:
-            return [linear.linear(backend, x, weight, bias, p) for x, p in zip(inputs, panels, strict=True)]
-        return [linear.linear(backend, x, *part) for x, part in zip(inputs, parts(weight, bias), strict=True)]
+                return [linear.linear(backend, inputs[0], weight, bias)]
+            return [linear.linear(backend, x, *p) for x, p in zip(inputs, _parts(weight, bias, sizes), strict=True)]
+        threads = torch.get_num_threads()
+        (panels,) = self._packed_weights().panels(
+            backend,
+            place,
+            [(weight, bias)],
+            lambda whole: [backend.pack_linear(*part, threads) for part in _parts(*whole, sizes)],
+        )
+        parts = _parts(weight, bias, sizes)
+        panels = [None] * len(parts) if panels is None else panels
+        each = zip(inputs, parts, panels, strict=True)
+        return [linear.linear(backend, x, *part, panels) for x, part, panels in each]
 
     def _heads(self, x: Tensor, batch_first: bool) -> Tensor:
         """(B, N, L, D) as a view of (B, L, E), (L, B, E) or (L, E)."""
@@ -255,9 +288,15 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
             mask = attn_mask | key_padding_mask
         else:
             mask = attn_mask + key_padding_mask
-        if mask is None:
-            return _Masks(None, None)
         return _Masks(None, ~mask) if mask.dtype is torch.bool else _Masks(mask, None)
+
+
+def _parts(weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor | None]]:
+    """A weight and its bias, cut into rows of these sizes; whole without sizes."""
+    if not sizes:
+        return [(weight, bias)]
+    biases = (None,) * len(sizes) if bias is None else bias.split(sizes)
+    return list(zip(weight.split(sizes), biases, strict=True))
 
 
 def _weighted(q: Tensor, k: Tensor, v: Tensor, masks: _Masks, scale: float, dropout_p: float) -> tuple[Tensor, Tensor]:

@@ -15,16 +15,21 @@ from fastseq.ops.layer_norm import add_layer_norm
 _has_any_global_hook = getattr(torch_module, "_has_any_global_hook", lambda: True)
 
 
-def _fuses(norm: nn.Module) -> bool:
-    """True where a norm may take over the addition before it: nothing watches the module's calls."""
-    return type(norm) is LayerNorm and not (
-        norm._forward_hooks
-        or norm._forward_pre_hooks
-        or norm._backward_hooks
-        or norm._backward_pre_hooks
-        or "forward" in vars(norm)
+def _unwatched(module: nn.Module) -> bool:
+    """True where no hook waits for the module's calls, and its forward is that of its class."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
         or _has_any_global_hook()
     )
+
+
+def _fuses(norm: nn.Module) -> bool:
+    """True where a norm may take over the addition before it."""
+    return type(norm) is LayerNorm and _unwatched(norm)
 
 
 def _norm_of_sum(norm: nn.Module, x: Tensor, sublayer: Tensor) -> Tensor:
@@ -87,17 +92,23 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """See the class."""
-        attention = self.self_attn
-        if not (
-            isinstance(attention, MultiheadAttention)
-            and attention._backend(src, src, src, src_key_padding_mask, src_mask, is_causal)
-        ):
+        attention, call = self.self_attn, None
+        if isinstance(attention, MultiheadAttention):
+            call = attention._call(src, src, src, src_key_padding_mask, src_mask, is_causal)
+        if call is None:
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+
+        def attend(x: Tensor) -> Tensor:
+            # Asked once what serves the call: the answer takes a fifth of a tiny one.
+            if type(self)._sa_block is not nn.TransformerEncoderLayer._sa_block or not _unwatched(attention):
+                return self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal)
+            out = attention._attend(call, x, x, x, src_key_padding_mask, False, src_mask, True, is_causal)[0]
+            return self.dropout1(out)
+
         if self.norm_first:
-            attended = self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal=is_causal)
-            src, normalized = _sum_and_norm(self.norm2, src, attended)
+            src, normalized = _sum_and_norm(self.norm2, src, attend(self.norm1(src)))
             return src + self._ff_block(normalized)
-        attended = self._sa_block(src, src_mask, src_key_padding_mask, is_causal=is_causal)
+        attended = attend(src)
         src = _norm_of_sum(self.norm1, src, attended)
         return _norm_of_sum(self.norm2, src, self._ff_block(src))
 

@@ -18,6 +18,7 @@ from fastseq.ops.kernel_calls import contiguous, unit_stride
 # 1.3 to 1.6. float64: 0.9 to 2.0. With fewer rows, reading the weights for the check is most of it: 0.6 to 1.1.
 FEWEST_ROWS = 4
 FEWEST_PRODUCTS = 2**20  # M * K * N: smaller calls are as long as their checks
+FEWEST_PRODUCTS_OF_TRAINING = 2**27  # where weights are packed in every call
 
 # bfloat16: 2.5 to 6.6, where torch has no product of its own library for it, and forward and backward. oneDNN's needs
 # AVX-512, and is not measured here.
@@ -48,8 +49,15 @@ def linear(backend: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None, 
     """
     if panels is not None:
         return backend.linear_forward(unit_stride(x), panels, torch.get_num_threads())
-    if x.dtype is torch.bfloat16 and not _onednn_bfloat16:
-        return _apply(backend, x, weight, bias) if needs_grad(x, weight, bias) else _multiply(backend, x, weight, bias)
+    if needs_grad(x, weight, bias):
+        if x.dtype is torch.bfloat16:
+            trains = not _onednn_bfloat16
+        else:
+            trains = x.numel() * weight.shape[0] >= FEWEST_PRODUCTS_OF_TRAINING
+        if trains:
+            return _apply(backend, x, weight, bias)
+    elif x.dtype is torch.bfloat16 and not _onednn_bfloat16:  # weights that are not contiguous
+        return _multiply(backend, x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -97,7 +105,11 @@ class LinearFunction(torch.autograd.Function):
             dx = _multiply(ctx.backend, dy, weight.mT)
         rows = dy.reshape(-1, dy.shape[-1])
         if needs[1]:
-            dweight = _multiply(ctx.backend, rows.mT.contiguous(), x.reshape(-1, x.shape[-1]).mT)
+            inputs = x.reshape(-1, x.shape[-1])
+            if x.dtype is torch.bfloat16:
+                dweight = _multiply(ctx.backend, rows.mT.contiguous(), inputs.mT)
+            else:  # the kernel's layout would be two copies
+                dweight = rows.mT @ inputs
         if needs[2]:
             dbias = rows.sum(0)
         return None, dx, dweight, dbias
