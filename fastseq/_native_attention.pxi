@@ -42,13 +42,13 @@ def attention_forward(
 def attention_backward(
     q, k, v, out, lse, dout, dlse, needs, bias_shape, double scale, bias, allowed, double softcap, left, right,
     bint lower_right, q_lengths, k_lengths, q_starts, k_starts, max_q, max_k, alibi_slopes, double dropout_p,
-    uint64_t seed, int threads
+    uint64_t seed, dq, dk, dv, int threads
 ):
-    """(dq, dk, dv, dbias); dbias in float64 for float64, else in float32."""
+    """(dq, dk, dv, dbias); dbias in float64 for float64, else in float32. dq, dk and dv are written into where given."""
     cdef AttentionProblem problem
     cdef AttentionParams* p = &problem.params
     cdef Status status
-    dq = dk = dv = dbias = None
+    dbias = None
     needs_q, needs_k, needs_v, needs_bias = needs
     read_attention(
         &problem, q, k, v, scale, bias, allowed, softcap, left, right, lower_right, q_lengths, k_lengths, q_starts,
@@ -58,11 +58,17 @@ def attention_backward(
     read_heads(&p.dout, dout, "dout", &problem, p.heads, problem.q_rows, p.value_dim, problem.q_packed, False)
     p.lse = <double*>read_rows(p.lse_strides, required(lse, "lse"), "lse", &problem)
     p.dlse = <const double*>read_rows(p.dlse_strides, dlse, "dlse", &problem)
-    if needs_q:
+    if dq is not None:
+        read_heads(&p.dq, dq, "dq", &problem, p.heads, problem.q_rows, p.head_dim, problem.q_packed, True)
+    elif needs_q:
         dq = empty_heads(&p.dq, &problem, q, p.head_dim, problem.q_packed, problem.q_gaps)
-    if needs_k:
+    if dk is not None:
+        read_heads(&p.dk, dk, "dk", &problem, p.kv_heads, problem.k_rows, p.head_dim, problem.k_packed, True)
+    elif needs_k:
         dk = empty_heads(&p.dk, &problem, k, p.head_dim, problem.k_packed, problem.k_gaps)
-    if needs_v:
+    if dv is not None:
+        read_heads(&p.dv, dv, "dv", &problem, p.kv_heads, problem.k_rows, p.value_dim, problem.k_packed, True)
+    elif needs_v:
         dv = empty_heads(&p.dv, &problem, v, p.value_dim, problem.k_packed, problem.k_gaps)
     if needs_bias and bias is not None:
         dbias = empty_bias(&problem, bias_shape)

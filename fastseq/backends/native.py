@@ -278,6 +278,9 @@ def attention_backward(
     alibi_slopes: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    dq: Tensor | None = None,
+    dk: Tensor | None = None,
+    dv: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients (dq, dk, dv, dbias), None where `needs` says so.
 
@@ -287,11 +290,13 @@ def attention_backward(
         needs: four bools, in the order of the result.
         bias_shape: the shape of the bias before it was expanded, 1 where it was broadcast; dbias has it. None: that of
             `bias`.
+        dq, dk, dv: to write into, with rows of a packed batch that are in no sequence left as they are. None: new
+            tensors, laid out like q, k and v.
     """
     *gradients, dbias = _native.attention_backward(
         q, k, v, out, lse, dout, dlse, needs, bias_shape if bias is None or bias_shape is not None else bias.shape,
         scale, bias, allowed, softcap, left, right, lower_right, q_lengths, k_lengths, q_starts, k_starts, max_q, max_k,
-        alibi_slopes, dropout_p, seed % 2**64, torch.get_num_threads(),
+        alibi_slopes, dropout_p, seed % 2**64, dq, dk, dv, torch.get_num_threads(),
     )  # fmt: skip
     return *gradients, dbias if dbias is None else dbias.to(q.dtype)
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from fastseq.nn.packed_weights import PacksWeights
 from fastseq.ops import linear, support
 from fastseq.ops.attention import scaled_dot_product_attention
+from fastseq.ops.attention_function import apply_self_attention, self_attention
+from fastseq.ops.autograd import needs_grad
 from fastseq.ops.support import Route
 
 # Places of packed weights: the output projection; the input projection in one, two or three parts; three of their own.
@@ -134,6 +136,18 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
         """`forward` over the kernels, `call` being what `_call` answered for the same arguments."""
         batched = query.dim() == 3
         batch_first = self.batch_first or not batched
+        if (
+            batched
+            and not need_weights
+            and self._is_plain(query is key is value, attn_mask, key_padding_mask, is_causal)
+        ):
+            qkv = self._linear(call.backend, _SELF, (query,), call.in_weights[0], call.in_bias)[0]
+            options = call.backend, self.num_heads, 0 if is_causal else None, batch_first
+            if needs_grad(qkv):
+                out = apply_self_attention(*options, qkv)
+            else:
+                out, _ = self_attention(*options, qkv, False)
+            return self._linear(call.backend, _OUT, (out,), call.out_weight, call.out_bias)[0], None
         q, k, v = (self._heads(x, batch_first) for x in self._projections(call, query, key, value))
         masks = _NO_MASKS
         # torch's reading of the hint
@@ -157,6 +171,18 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
         if batched:
             return out, weights
         return out.squeeze(0), None if weights is None else weights.squeeze(0)
+
+    def _is_plain(self, same: bool, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool) -> bool:
+        """True for a self-attention whose one projection the kernels can take as it is."""
+        return (
+            same
+            and self._qkv_same_embed_dim
+            and key_padding_mask is None
+            and (is_causal or attn_mask is None)
+            and self.bias_k is None
+            and not self.add_zero_attn
+            and not (self.training and self.dropout)
+        )
 
     def _call(
         self,

@@ -2,7 +2,7 @@
 
 from fastseq.ops.attention import scaled_dot_product_attention
 from fastseq.ops.attention_call import Attention
-from fastseq.ops.attention_function import AttentionFunction
+from fastseq.ops.attention_function import AttentionFunction, SelfAttentionFunction
 from fastseq.ops.cell import Cell, Layer
 from fastseq.ops.gru import GRU, gru, gru_cell
 from fastseq.ops.layer_norm import LayerNormFunction, layer_norm
@@ -24,6 +24,7 @@ __all__ = [
     "LayerNormFunction",
     "LinearFunction",
     "RecurrentFunction",
+    "SelfAttentionFunction",
     "StepFunction",
     "gru",
     "gru_cell",
