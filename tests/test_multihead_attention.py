@@ -10,9 +10,11 @@ import torch
 from models import assert_close, pair
 from test_module_info import build, leaves
 from torch import nn
+from torch.func import grad, jvp, vmap
 from torch.testing._internal.common_modules import module_db
 
 import fastseq
+from fastseq import backends
 
 both_routes = pytest.mark.usefixtures("route")
 INFO = next(info for info in module_db if info.module_cls is nn.MultiheadAttention)
@@ -169,6 +171,56 @@ def test_rows_without_keys(kind, need_weights, route):
         if mode is torch.enable_grad:
             out.sum().backward()
             assert all(p.grad.isfinite().all() for p in attention.parameters())
+
+
+def _dead(attention, x, kind, need_weights):
+    """Self-attention in which no query of the second sequence sees a key."""
+    padding = torch.zeros(3, 5, dtype=torch.bool, device=x.device)
+    padding[1] = True
+    masked = torch.zeros(5, 5, dtype=torch.bool, device=x.device)
+    if kind != "bool":
+        masked = torch.zeros(5, 5, device=x.device).to(x.dtype)
+    if kind == "float":
+        padding = torch.zeros_like(padding, dtype=x.dtype).masked_fill(padding, -math.inf)
+    return attention(x, x, x, key_padding_mask=padding, attn_mask=masked, need_weights=need_weights)
+
+
+def _autocast(call, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return call(x)
+
+
+def _compiled(call, x):
+    torch.compiler.reset()  # or all modules of the test count against one limit
+    return torch.compile(call, backend="eager", fullgraph=True)(x)
+
+
+ELSEWHERE = {
+    "create_graph": lambda call, x: (call(x)[0], *torch.autograd.grad(call(x)[0].sum(), x, create_graph=True)),
+    "jvp": lambda call, x: jvp(lambda x: call(x)[0], (x,), (x,)),
+    "grad": lambda call, x: (call(x)[0], grad(lambda x: call(x)[0].sum())(x)),
+    "vmap": lambda call, x: (vmap(lambda x: call(x)[0])(x.expand(2, *x.shape))[1],),
+    "compile": _compiled,
+    "autocast": _autocast,
+    "float16": lambda call, x: call(x.half()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("kind", ["bool", "float", "mixed"])
+@pytest.mark.parametrize("mode", ELSEWHERE)
+@pytest.mark.parametrize("training", [True, False])
+def test_rows_without_keys_where_the_kernels_do_not_serve(mode, kind, need_weights, training):
+    if backends.select() is None:
+        pytest.skip("torch's own path")
+    attention = make(8, 2, batch_first=True, dtype=torch.float16 if mode == "float16" else torch.float32)[0]
+    attention.train(training)
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    out, *others = (t for t in ELSEWHERE[mode](lambda x: _dead(attention, x, kind, need_weights), x) if t is not None)
+    assert_close(out[1], attention.out_proj.bias.to(out.dtype).expand(5, 8))
+    assert all(t.isfinite().all() for t in (out, *others))
+    assert (out[0] - out[2]).abs().max() > 0
 
 
 @both_routes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from types import ModuleType
 from typing import NamedTuple
 
@@ -15,11 +16,14 @@ from fastseq.ops import linear, support
 from fastseq.ops.attention import scaled_dot_product_attention
 from fastseq.ops.attention_function import apply_self_attention, self_attention
 from fastseq.ops.autograd import needs_grad
-from fastseq.ops.support import Route
 
 # Places of packed weights: the output projection; the input projection in one, two or three parts; three of their own.
 _OUT, _SELF, _MEMORY, _THREE = range(4)
 _EACH = range(1, 4)
+
+_MIXED = (  # torch's text
+    "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead."
+)
 
 
 class _Masks(NamedTuple):
@@ -41,7 +45,8 @@ class _Masks(NamedTuple):
             return None
         seen = self.allowed if self.bias is None else self.bias != -math.inf
         dead = ~seen.any(-1, keepdim=True)
-        return dead if dead.any() else None
+        # Transforms and compilers know no values to branch on, devices would be waited for.
+        return dead if support.observed() or not dead.is_cpu or dead.any() else None
 
 
 _NO_MASKS = _Masks(None, None)
@@ -50,7 +55,7 @@ _NO_MASKS = _Masks(None, None)
 class Call(NamedTuple):
     """What serves a call of MultiheadAttention, and its parameters."""
 
-    backend: ModuleType
+    backend: ModuleType | None  # None: torch ops
     in_weights: tuple[Tensor, ...]  # one for queries, keys and values, or three
     in_bias: Tensor | None
     out_weight: Tensor
@@ -76,12 +81,17 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
         averaging, without B if unbatched; None without need_weights.
 
     One thing differs: a query that may see no key has weights of 0 and the bias of the output projection for an output,
-    with need_weights or without, in training and in evaluation, where torch gives NaN in some of these. A call that the
-    kernels do not serve is torch's forward in this too.
+    with need_weights or without, in training and in evaluation, where torch gives NaN in some of these. That holds for
+    calls that the kernels do not serve as well: other dtypes and devices, autocast, torch.compile, torch.func. It does
+    not hold, as the forward is torch's, for nested tensors, tensor subclasses and FakeTensors; under modes that see the
+    calls of torch functions (make_fx and torch.export have one); for parameters of several dtypes; for a float mask of
+    another dtype than the query; with FASTSEQ_BACKEND=torch.
 
-    Float32, float64 and bfloat16 on the CPU run in kernels; everything else, nested tensors and masks of two kinds in
-    one call among it, takes torch's own path (`fastseq info` prints the table). Dropout has its own random stream,
-    seeded from torch's generator; with need_weights it is torch's.
+    Float32, float64 and bfloat16 on the CPU run in kernels; everything else takes torch's own path, or torch ops where
+    there are masks (`fastseq info` prints the table). The projections are the kernels' where those are faster: without
+    gradients from 4 rows and 2**20 multiplications on, with weights packed once (see `fastseq.freeze`); with gradients
+    from 2**27 on; in bfloat16 all, where torch has no oneDNN for it. Dropout has its own random stream, seeded from
+    torch's generator; with need_weights it is torch's.
 
     Raises:
         AssertionError: shapes or mask dtypes that do not fit; an embed_dim that num_heads does not divide.
@@ -193,24 +203,24 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
         attn_mask: object,
         is_causal: bool,
     ) -> Call | None:
-        """What serves a call; None where torch's forward is to compute it, or to name the mistake."""
-        if support.observed() or not (
-            isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
-        ):
+        """How a call is computed; None where torch's forward is to do it, or to name the mistake."""
+        if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
             return None
         masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
-        if masks and (not all(isinstance(mask, Tensor) for mask in masks) or len({mask.dtype for mask in masks}) > 1):
+        if masks and not all(isinstance(m, Tensor) and m.dtype in (torch.bool, query.dtype) for m in masks):
             return None
         # Each parameter once: nn.Module looks for its attributes in three dictionaries.
         weights = (self.in_proj_weight,) if self._qkv_same_embed_dim else self._separate_weights()
         in_bias, out_proj, bias_k, bias_v = self.in_proj_bias, self.out_proj, self.bias_k, self.bias_v
         out_weight, out_bias = out_proj.weight, out_proj.bias
         inputs = (query,) if query is key is value else (query, key, value)
-        route, backend = support.route(
-            (*inputs, *weights, in_bias, out_weight, out_bias, bias_k, bias_v,
-             *(mask for mask in masks if mask.dtype is not torch.bool))
-        )  # fmt: skip
-        if route is not Route.KERNELS or not all(m.dtype is query.dtype or support.plain(m, torch.bool) for m in masks):
+        tensors = (*inputs, *weights, in_bias, out_weight, out_bias, bias_k, bias_v)
+        _, backend = support.route(tensors)
+        if backend is None:
+            # Without masks there is no row that torch's forward gives another result for.
+            if not masks or not support.composes((*tensors, *masks)):
+                return None
+        elif not all(support.plain(mask, mask.dtype) for mask in masks):
             return None
         if (is_causal and attn_mask is None) or not self._fits(query, key, value, key_padding_mask, attn_mask):
             return None
@@ -256,7 +266,7 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
 
     def _linear(
         self,
-        backend: ModuleType,
+        backend: ModuleType | None,
         place: int,
         inputs: tuple[Tensor, ...],
         weight: Tensor,
@@ -265,7 +275,7 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
     ) -> list[Tensor]:
         """Each of the inputs times its part of the weight, the rows that `sizes` tells, plus that of the bias."""
 
-        if not all(linear.packs(x, weight, bias) for x in inputs):
+        if backend is None or not all(linear.packs(x, weight, bias) for x in inputs):
             if not sizes:
                 return [linear.linear(backend, inputs[0], weight, bias)]
             return [linear.linear(backend, x, *p) for x, p in zip(inputs, _parts(weight, bias, sizes), strict=True)]
@@ -310,11 +320,23 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
             mask = key_padding_mask
         elif key_padding_mask is None:
             mask = attn_mask
-        elif attn_mask.dtype is torch.bool:
+        elif attn_mask.dtype is key_padding_mask.dtype is torch.bool:
             mask = attn_mask | key_padding_mask
         else:
+            if attn_mask.dtype is not key_padding_mask.dtype:
+                if not support.is_compiling():
+                    warnings.warn(_MIXED, UserWarning, stacklevel=4)
+                dtype = key_padding_mask.dtype if attn_mask.dtype is torch.bool else attn_mask.dtype
+                attn_mask, key_padding_mask = _added(attn_mask, dtype), _added(key_padding_mask, dtype)
             mask = attn_mask + key_padding_mask
         return _Masks(None, ~mask) if mask.dtype is torch.bool else _Masks(mask, None)
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of either kind as what is added to the scores."""
+    if mask.dtype is not torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
 
 
 def _parts(weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor | None]]:
@@ -327,17 +349,17 @@ def _parts(weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...]) -> list[
 
 def _weighted(q: Tensor, k: Tensor, v: Tensor, masks: _Masks, scale: float, dropout_p: float) -> tuple[Tensor, Tensor]:
     """The output (B, N, L, D) and its weights (B, N, L, S) after dropout."""
-    scores = (q * scale) @ k.mT
+    scores = (q * scale) @ k.mT  # out of place from here on, as vmap needs it
     bias, allowed = masks
     if bias is not None:
-        scores += bias
+        scores = scores + bias
     if allowed is not None:
-        scores.masked_fill_(~allowed, -math.inf)
+        scores = scores.masked_fill(~allowed, -math.inf)
     dead = masks.dead()
     if dead is None:
         weights = torch.softmax(scores, -1)
     else:  # filled before the softmax too: its gradient there would be NaN
-        weights = torch.softmax(scores.masked_fill_(dead, 0), -1).masked_fill(dead, 0)
+        weights = torch.softmax(scores.masked_fill(dead, 0), -1).masked_fill(dead, 0)
     if dropout_p:
         weights = F.dropout(weights, dropout_p)
     return weights @ v, weights

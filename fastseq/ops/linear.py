@@ -40,15 +40,18 @@ def packs(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return elements >= FEWEST_ROWS * inputs and elements * outputs >= FEWEST_PRODUCTS
 
 
-def linear(backend: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None, panels: Any = None) -> Tensor:
+def linear(backend: ModuleType | None, x: Tensor, weight: Tensor, bias: Tensor | None, panels: Any = None) -> Tensor:
     """x @ weight.mT + bias, as `torch.nn.functional.linear`: (..., N).
 
     Args:
-        x: (..., K) with 1 to 3 axes, weight (N, K), bias (N,): what `support.route` answered KERNELS for.
+        backend: what `support.route` answered for these tensors; None for torch's own op.
+        x: (..., K) with 1 to 3 axes, weight (N, K), bias (N,).
         panels: `backend.pack_linear(weight, bias)` where `packs`, else None.
     """
     if panels is not None:
         return backend.linear_forward(unit_stride(x), panels, torch.get_num_threads())
+    if backend is None:
+        return F.linear(x, weight, bias)
     if needs_grad(x, weight, bias):
         if x.dtype is torch.bfloat16:
             trains = not _onednn_bfloat16

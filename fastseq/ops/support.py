@@ -122,6 +122,23 @@ def plain(tensor: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
+def composes(tensors: Iterable[Tensor | None]) -> bool:
+    """True where torch ops of ours may stand for one of torch's functions: no subclass or mode is there to see that
+    function called, and the tensors fit together."""
+    if not kernels_selected() or (not is_compiling() and function_modes() and _foreign_function_modes()):
+        return False
+    given = [t for t in tensors if t is not None]
+    first = given[0]
+    return first.is_floating_point() and all(
+        type(t) in PLAIN_TYPES
+        and t.layout is torch.strided
+        and not t.is_nested
+        and t.device == first.device
+        and t.dtype in (first.dtype, torch.bool)
+        for t in given
+    )
+
+
 def kernels_differentiate(grads: Iterable[Tensor | None]) -> bool:
     """True where the kernels' backward may take these gradients: plain ones, and nothing has to see what it does.
 
