@@ -365,3 +365,35 @@ def test_gradcheck(kwargs):
         arguments = inputs(attention, "batched", 2, 3, 4)
         assert torch.autograd.gradcheck(call, (*arguments, mask, *attention.parameters()), fast_mode=True)
         assert torch.autograd.gradgradcheck(call, (*arguments, mask), fast_mode=True)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_gradcheck_of_self_attention(is_causal, batch_first):
+    attention = make(4, 2, batch_first=batch_first)[0]
+    mask = nn.Transformer.generate_square_subsequent_mask(3, dtype=torch.float64) if is_causal else None
+
+    def call(x, *_):
+        return attention(x, x, x, attn_mask=mask, is_causal=is_causal, need_weights=False)[0]
+
+    x = inputs(attention, "batched", 2, 3)[0]
+    assert torch.autograd.gradcheck(call, (x, *attention.parameters()), fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, (x,), fast_mode=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 1), (2, 65, 16, 2), (3, 7, 96, 4)])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_self_attention(is_causal, batch_first, shape):
+    batch, length, size, heads = shape
+    ours, torchs = make(size, heads, batch_first=batch_first)
+    x = inputs(ours, "batched", batch, length)[0]
+    mask = nn.Transformer.generate_square_subsequent_mask(length, dtype=x.dtype)
+    options = {"need_weights": False} | ({"attn_mask": mask, "is_causal": True} if is_causal else {})
+    check(ours, torchs, (x, x, x), options)
+    with torch.no_grad():
+        assert_close(*([m(x, x, x, **options)[0]] for m in (ours, torchs)))
+    out = ours(x, x, x, **options)[0]
+    dense = out.detach().clone()
+    expanded = torch.autograd.grad(out.sum(), x, retain_graph=True)[0]  # a gradient without memory of its own
+    assert_close([expanded], [torch.autograd.grad(out, x, torch.ones_like(dense))[0]])
