@@ -16,7 +16,8 @@ TORCH_INDEX ?=
 # build/editable is kept by the rebuilding import; a wheel built from the same tree uses another folder.
 TOOLS := "scikit-build-core>=0.11" "cython>=3.1" "cython-cmake>=0.2" "cmake>=3.20" ninja
 EXTRAS := cli,test,bench,lint
-CXX_SOURCES := $(filter-out csrc/dlpack.h,$(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp))
+CXX_SOURCES := $(filter-out csrc/dlpack.h,$(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cu*)) \
+	$(wildcard tests/cuda_on_host/*.h)
 
 .PHONY: build demo test bench lint format asan clean
 build: $(READY)

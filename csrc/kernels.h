@@ -1,14 +1,20 @@
-// All that the bindings see of the kernels: parameter structs and one table of functions per instruction set (ISA).
-// No torch, no Python, no std types: plain pointers, sizes and strides.
+// All that the bindings see of the kernels: parameter structs and one table of functions per instruction set (ISA), and
+// one for CUDA. No torch, no Python, no std types: plain pointers, sizes and strides.
 #pragma once
 
 #include <cstdint>
 
 namespace fastseq {
 
-enum Dtype : int { kFloat32, kFloat64, kBFloat16, kDtypes };
+enum Dtype : int { kFloat32, kFloat64, kBFloat16, kDtypes, kFloat16 = kDtypes, kCudaDtypes };  // float16: CUDA only
 enum CellKind : int { kRnnTanh, kRnnRelu, kLstm, kGru, kCells };
-enum Status : int { kOk, kOutOfMemory };
+enum Status : int { kOk, kOutOfMemory, kCudaError };  // the last: Kernels::error tells which
+
+// CUDA only: where a call runs. Pointers of its params are to the memory of this device, unless they say otherwise.
+struct Device {
+  int index;
+  void* stream;  // cudaStream_t
+};
 
 // Rows of a sequence tensor; the last axis is contiguous, strides count elements.
 // Padded (T, B, N): row (t, b) is data + t * step_stride + b * row_stride, for any two strides.
@@ -26,13 +32,21 @@ struct State {
 };
 
 // One layer in one direction. G is the number of gates: 1, 4 or 3, in torch's order (i f g o; r z n).
-// Storage is float32, float64 or bfloat16; bfloat16 computes in float32.
+// Storage is float32, float64, bfloat16 or, on CUDA, float16; the last two compute in float32.
 // No output may overlap an input, except `d` buffers as noted.
+//
+// CUDA runs the loop over the steps. What spans them all is the caller's, as products of matrices: x W_ih^T before
+// forward, dx, dw_ih, dw_hh, db_ih and db_hh after backward; those five are not read. With R the sum of batch_sizes (or
+// T * B), row sum(batch_sizes[:t]) + b being that of step t, and C the type of computation, `saved` holds in C
+//   (R, slots, H)  the slots of math/step.h. Into forward: W_ih x, without bias, from kInputSlot on. Out of forward:
+//                  what backward needs. Out of backward: the gradients.
+//   (R, H)         the carry after each step; not for cells without one
 struct RecurrentParams {
   int64_t steps, batch, input_size, hidden_size;  // T B I H, each >= 1
 
   // Variable length. Rows are numbered by falling length: row b is active at the steps t with b < batch_sizes[t].
-  const int64_t* batch_sizes;  // (T) not increasing, batch_sizes[0] <= B, batch_sizes[T-1] >= 1; null: all rows always
+  const int64_t* batch_sizes;  // (T) not increasing, batch_sizes[0] <= B, batch_sizes[T-1] >= 1; null: all rows always.
+                               // CUDA: in the memory of the host
   const int64_t* order;        // (B) the batch index of row b in every padded tensor and state; null: b
   bool packed;                 // the sequences are packed (needs batch_sizes): row r = sum(batch_sizes[:t]) + b
   bool reverse;                // from the last step to the first
@@ -41,19 +55,20 @@ struct RecurrentParams {
   const uint8_t* reset;  // (T, B), indexed by t and by batch index; also cuts the initial state at t = 0
   int64_t reset_step_stride, reset_row_stride;
 
-  int threads;       // at most this many
+  int threads;       // at most this many; CPU only
+  Device device;     // CUDA only
   bool float_state;  // bfloat16 only: h_0, c_0, h_n, c_n, dh_n, dc_n, dh_0, dc_0 are float32
 
   // Weights as torch lays them out, contiguous: w_ih (G*H, I), w_hh (G*H, H), b_ih and b_hh (G*H) or both null.
   const void *w_ih, *w_hh, *b_ih, *b_hh;
   const void* panels;  // what `pack` wrote; null: forward reads the weights in place (meant for few rows)
 
-  Sequence x;      // (T, B, I)
+  Sequence x;      // (T, B, I). CUDA: null, or with T = 1 forward computes W_ih x itself
   State h_0, c_0;  // (B, H); c_0 for LSTM only
   Sequence y;      // (T, B, H); an output of forward, an input of backward. Inactive rows are not written
   State h_n, c_n;  // (B, H); may be null. A row of length 0 gets its h_0 and c_0
   Sequence c_all;  // (T, B, H) every cell state, LSTM only; may be null
-  void* saved;     // `saved_bytes`, 64-byte aligned; written by forward for backward, null: inference.
+  void* saved;     // `saved_bytes`, 64-byte aligned; written by forward for backward, null: inference (not on CUDA).
                    // backward destroys it (it turns the saved gates into their gradients in place)
 
   // backward only
@@ -64,10 +79,12 @@ struct RecurrentParams {
   State dh_0, dc_0;     // null: not wanted
   void *dw_ih, *dw_hh;  // (G*H, I), (G*H, H) contiguous, null: not wanted
   void *db_ih, *db_hh;  // (G*H), null: not wanted
+  void* dcarry;         // CUDA only: (B, H) in C, work space; null for cells without a carry
+  void* hidden;  // CUDA only: (R, H), an output: h before each step, which dw_hh is a product with; null: not wanted
 };
 
 struct RecurrentKernels {
-  int64_t (*panels_bytes)(const RecurrentParams&);     // reads I, H
+  int64_t (*panels_bytes)(const RecurrentParams&);     // reads I, H; null on CUDA, as pack
   int64_t (*saved_bytes)(const RecurrentParams&);      // reads T, B, H, batch_sizes
   void (*pack)(const RecurrentParams&, void* panels);  // reads I, H, threads, weights; panels 64-byte aligned
   Status (*forward)(const RecurrentParams&);
@@ -172,19 +189,25 @@ struct LinearKernels {
 };
 
 struct Kernels {
-  const char* isa;  // "baseline", "avx2", "avx512", "avx512_bf16"
+  const char* isa;  // "baseline", "avx2", "avx512", "avx512_bf16"; "cuda"
   int vector_bytes;
-  const RecurrentKernels* (*recurrent)(int cell);  // kDtypes entries
-  const AttentionKernels* attention;               // kDtypes entries
-  const LayerNormKernels* layer_norm;              // kDtypes entries
-  const LinearKernels* linear;                     // kDtypes entries
-  double (*fma_peak)(int dtype, double seconds);   // measured flops per second of one core at full FMA rate
+  const RecurrentKernels* (*recurrent)(int cell);  // kDtypes entries; CUDA: kCudaDtypes
+  const AttentionKernels* attention;               // kDtypes entries; null on CUDA
+  const LayerNormKernels* layer_norm;              // kDtypes entries; null on CUDA
+  const LinearKernels* linear;                     // kDtypes entries; null on CUDA
+  double (*fma_peak)(int dtype, double seconds);   // measured flops per second of one core at full FMA rate; CPU only
+  const char* (*error)();                          // CUDA only: what this thread's last kCudaError was
 };
 
 // The table of an ISA, or null when this machine (or this build) lacks it.
 const Kernels* find_kernels(const char* isa);
 // The best table of this machine. FASTSEQ_ISA, read once, can ask for a lower one.
 const Kernels* default_kernels();
+
+// The CUDA kernels are a library of their own, which is opened at run time; this is what it exports. `params_bytes` is
+// sizeof(RecurrentParams) there, null for a library that was built from another kernels.h.
+constexpr char kCudaSymbol[] = "fastseq_cuda_kernels";
+using CudaKernels = const Kernels* (*)(int64_t params_bytes);
 
 // Two 64-bit words that depend on every byte of a buffer and on its place. Finds a changed weight, not an adversary.
 struct Checksum {

@@ -1,4 +1,4 @@
-# What _native.pyx sees of the C side: the tensor exchange of DLPack, threads.h and kernels.h.
+# What _native.pyx sees of the C side: the tensor exchange of DLPack, threads.h, kernels.h and the dynamic linker.
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
@@ -8,12 +8,13 @@ cdef extern from "Python.h":
 
 cdef extern from "dlpack.h" nogil:
     int DLPACK_MAJOR_VERSION
-    int kDLCPU, kDLInt, kDLUInt, kDLFloat, kDLBfloat, kDLBool
+    int kDLCPU, kDLCUDA, kDLInt, kDLUInt, kDLFloat, kDLBfloat, kDLBool
 
     ctypedef struct DLPackVersion:
         uint32_t major
     ctypedef struct DLDevice:
         int32_t device_type
+        int32_t device_id
     ctypedef struct DLDataType:
         uint8_t code
         uint8_t bits
@@ -43,12 +44,22 @@ cdef extern from "cpu/threads.h" namespace "fastseq" nogil:
     void* allocate(int64_t)
     void release(void*)
 
+cdef extern from "dlfcn.h" nogil:
+    int RTLD_NOW, RTLD_LOCAL
+    void* dlopen(const char*, int)
+    void* dlsym(void*, const char*)
+    const char* dlerror()
+
 cdef extern from "kernels.h" namespace "fastseq" nogil:
-    int kFloat32, kFloat64, kBFloat16, kDtypes
+    int kFloat32, kFloat64, kBFloat16, kDtypes, kFloat16, kCudaDtypes
     int kRnnTanh, kRnnRelu, kLstm, kGru
     ctypedef enum Status:
         kOk
         kOutOfMemory
+        kCudaError
+    struct Device:
+        int index
+        void* stream
     struct Sequence:
         void* data
         int64_t step_stride
@@ -65,6 +76,7 @@ cdef extern from "kernels.h" namespace "fastseq" nogil:
         const uint8_t* reset
         int64_t reset_step_stride, reset_row_stride
         int threads
+        Device device
         bint float_state
         const void* w_ih
         const void* w_hh
@@ -79,6 +91,8 @@ cdef extern from "kernels.h" namespace "fastseq" nogil:
         void* dw_hh
         void* db_ih
         void* db_hh
+        void* dcarry
+        void* hidden
     struct RecurrentKernels:
         int64_t (*panels_bytes)(const RecurrentParams&) noexcept nogil
         int64_t (*saved_bytes)(const RecurrentParams&) noexcept nogil
@@ -153,6 +167,9 @@ cdef extern from "kernels.h" namespace "fastseq" nogil:
         const LayerNormKernels* layer_norm
         const LinearKernels* linear
         double (*fma_peak)(int, double) noexcept nogil
+        const char* (*error)() noexcept nogil
+    const char* kCudaSymbol
+    ctypedef const Kernels* (*CudaKernels)(int64_t) noexcept nogil
     struct Checksum:
         uint64_t sum
         uint64_t weighted

@@ -21,6 +21,7 @@ include "_native_tensors.pxi"
 include "_native_attention.pxi"
 include "_native_layer_norm.pxi"
 include "_native_linear.pxi"
+include "_native_cuda.pxi"
 
 
 def isas():
@@ -290,6 +291,7 @@ cdef int start(Problem* problem, cell, int threads) except -1:
     if index is None:
         raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
     problem.cell = index
+    problem.place, problem.dtypes = CPU, kDtypes
     problem.params.threads = threads if threads > 1 else 1
     return 0
 
@@ -300,8 +302,8 @@ cdef int read_input(
     cdef RecurrentParams* p = &problem.params
     cdef View view, sizes
     p.packed, p.reverse = packed, reverse
-    read(x, "x", &view)
-    check_float(&view, "x", 2 if packed else 3)
+    read_at(&problem.place, x, "x", &view)
+    check_float(&view, "x", 2 if packed else 3, problem.dtypes)
     problem.dtype = view.dtype
     p.steps, p.batch, p.input_size = view.shape[0], view.shape[1], view.shape[view.dims - 1]
     if batch_sizes is not None:
@@ -321,7 +323,7 @@ cdef int read_input(
     if order is not None:
         read_order(p, order)
     if reset is not None:
-        read(reset, "reset", &view)
+        read_at(&problem.place, reset, "reset", &view)
         check(&view, "reset", BOOL, p.steps, p.batch, -1)
         p.reset, p.reset_step_stride, p.reset_row_stride = <const uint8_t*>view.data, view.stride[0], view.stride[1]
     return 0
@@ -332,7 +334,7 @@ cdef int64_t rows_of(h_0, c_0, order) except -1:
     cdef View view
     for tensor, name in ((h_0, "h_0"), (c_0, "c_0"), (order, "order")):
         if tensor is not None:
-            read(tensor, name, &view)
+            read_anywhere(tensor, name, &view)
             if view.dims == 0:
                 raise ValueError(f"{name} must not be a scalar")
             return view.shape[0]
@@ -378,7 +380,7 @@ cdef int read_weights(Problem* problem, w_ih, w_hh, b_ih, b_hh) except -1:
     cdef RecurrentParams* p = &problem.params
     cdef View view
     cdef int64_t rows
-    read(w_hh, "w_hh", &view)
+    read_at(&problem.place, w_hh, "w_hh", &view)
     if view.dims != 2 or view.shape[1] < 1:
         raise ValueError(f"w_hh must have shape (gates * H, H), got {shape_of(&view)}")
     p.hidden_size = view.shape[1]
@@ -386,9 +388,9 @@ cdef int read_weights(Problem* problem, w_ih, w_hh, b_ih, b_hh) except -1:
     check(&view, "w_hh", problem.dtype, rows, p.hidden_size, -1)
     check_contiguous(&view, "w_hh")
     p.w_hh = view.data
-    p.w_ih = read_weight(required(w_ih, "w_ih"), "w_ih", problem.dtype, rows, p.input_size)
-    p.b_ih = read_weight(b_ih, "b_ih", problem.dtype, rows, -1)
-    p.b_hh = read_weight(b_hh, "b_hh", problem.dtype, rows, -1)
+    p.w_ih = read_weight(&problem.place, required(w_ih, "w_ih"), "w_ih", problem.dtype, rows, p.input_size)
+    p.b_ih = read_weight(&problem.place, b_ih, "b_ih", problem.dtype, rows, -1)
+    p.b_hh = read_weight(&problem.place, b_hh, "b_hh", problem.dtype, rows, -1)
     if (p.b_ih == NULL) != (p.b_hh == NULL):
         raise ValueError("b_ih and b_hh must both be given or both be None")
     return 0

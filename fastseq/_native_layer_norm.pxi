@@ -15,7 +15,7 @@ def layer_norm_forward(x, residual, weight, bias, double eps, bint return_sum, b
     cdef Status status
     z = mean = rstd = None
     start_layer_norm(&problem, x, "x", &p.x, weight, threads)
-    p.bias = read_weight(bias, "bias", problem.dtype, p.features, -1)
+    p.bias = read_weight(&CPU, bias, "bias", problem.dtype, p.features, -1)
     p.eps = eps
     y = empty_rows(&p.y, &problem)
     if residual is not None:
@@ -75,7 +75,7 @@ cdef int start_layer_norm(
     if <double>p.steps * p.batch * p.features > 2.0**55:
         raise RuntimeError(f"{name} is too large for one call, got shape {shape_of(&view)}")
     set_rows(out, &view, name)
-    p.weight = read_weight(weight, "weight", problem.dtype, p.features, -1)
+    p.weight = read_weight(&CPU, weight, "weight", problem.dtype, p.features, -1)
     p.threads = threads if threads > 1 else 1
     return 0
 

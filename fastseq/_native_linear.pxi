@@ -29,7 +29,7 @@ def pack_linear(weight, bias, int threads):
     check_float(&view, "weight", 2)
     check_contiguous(&view, "weight")
     p.outputs, p.inputs, p.weight = view.shape[0], view.shape[1], view.data
-    p.bias = read_weight(bias, "bias", view.dtype, p.outputs, -1)
+    p.bias = read_weight(&CPU, bias, "bias", view.dtype, p.outputs, -1)
     p.threads = threads if threads > 1 else 1
     kernels = active.linear + view.dtype
     panels.table, panels.dtype, panels.inputs, panels.outputs = active, view.dtype, p.inputs, p.outputs

@@ -2,15 +2,24 @@
 
 # The dtypes of kernels.h, and three more that arguments may have.
 cdef enum:
-    INT64 = 3
-    BOOL = 4
-    UINT8 = 5
+    INT64 = 4
+    BOOL = 5
+    UINT8 = 6
 
-DTYPES = ("float32", "float64", "bfloat16", "int64", "bool", "uint8")
-cdef int64_t[6] ITEM_SIZE = [4, 8, 2, 8, 1, 1]
+DTYPES = ("float32", "float64", "bfloat16", "float16", "int64", "bool", "uint8")
+cdef int64_t[7] ITEM_SIZE = [4, 8, 2, 2, 8, 1, 1]
+
+# Where the memory of a tensor is, in DLPack's terms.
+cdef struct Place:
+    int type
+    int index
+
+cdef Place CPU
+CPU.type, CPU.index = kDLCPU, 0
 
 cdef struct View:
     char* data
+    Place place
     int dtype  # -1: none of the above
     int dims
     int64_t[4] shape
@@ -19,6 +28,8 @@ cdef struct View:
 # A call: the params, and what its tensors are checked against beside them.
 cdef struct Problem:
     RecurrentParams params
+    Place place
+    int dtypes  # how many of the table there are kernels for
     int cell
     int dtype
     int state_dtype
@@ -48,6 +59,19 @@ def attach(tensor, parameter, is_neg, empty, capsule):
 
 
 cdef int read(tensor, str name, View* view) except -1:
+    return read_at(&CPU, tensor, name, view)
+
+
+cdef int read_at(const Place* place, tensor, str name, View* view) except -1:
+    read_anywhere(tensor, name, view)
+    if view.place.type != place.type:
+        raise ValueError(f"{name} must be on {'the CPU' if place.type == kDLCPU else 'a GPU'}, got {tensor.device}")
+    if view.place.index != place.index:
+        raise ValueError(f"{name} must be on the GPU of index {place.index}, got {tensor.device}")
+    return 0
+
+
+cdef int read_anywhere(tensor, str name, View* view) except -1:
     cdef DLTensor source
     cdef int axis
     if type(tensor) is not tensor_type and type(tensor) is not parameter_type:
@@ -59,11 +83,10 @@ cdef int read(tensor, str name, View* view) except -1:
         read_attributes(tensor, name, view)
     else:
         exchange.dltensor_from_py_object_no_sync(<void*>tensor, &source)
-        if source.device.device_type != kDLCPU:
-            raise ValueError(f"{name} must be on the CPU, got {tensor.device}")
         if source.ndim > 4:
             raise ValueError(f"{name} must have at most 4 dimensions, got {source.ndim}")
         view.data = <char*>source.data + source.byte_offset
+        view.place.type, view.place.index = source.device.device_type, source.device.device_id
         view.dtype = dtype_of(source.dtype)
         view.dims = source.ndim
         for axis in range(source.ndim):
@@ -87,7 +110,7 @@ cdef int dtype_of(DLDataType dtype) noexcept:
     if dtype.lanes != 1:
         return -1
     if dtype.code == kDLFloat:
-        return kFloat32 if dtype.bits == 32 else kFloat64 if dtype.bits == 64 else -1
+        return kFloat32 if dtype.bits == 32 else kFloat64 if dtype.bits == 64 else kFloat16 if dtype.bits == 16 else -1
     if dtype.code == kDLBfloat:
         return kBFloat16 if dtype.bits == 16 else -1
     if dtype.code == kDLInt:
@@ -99,8 +122,8 @@ cdef int dtype_of(DLDataType dtype) noexcept:
 
 cdef int read_attributes(tensor, str name, View* view) except -1:
     cdef int axis
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} must be on the CPU, got {tensor.device}")
+    view.place.type = {"cpu": kDLCPU, "cuda": kDLCUDA}.get(tensor.device.type, -1)
+    view.place.index = tensor.device.index or 0
     shape, stride, dtype = tensor.shape, tensor.stride(), str(tensor.dtype)[len("torch."):]
     if len(shape) > 4:
         raise ValueError(f"{name} must have at most 4 dimensions, got {len(shape)}")
@@ -137,10 +160,10 @@ cdef int check(const View* view, str name, int dtype, int64_t d0, int64_t d1, in
 
 
 # A tensor that says itself which dtype and sizes the others must have.
-cdef int check_float(const View* view, str name, int dims) except -1:
+cdef int check_float(const View* view, str name, int dims, int dtypes=kDtypes) except -1:
     cdef int axis
-    if view.dtype < 0 or view.dtype >= kDtypes:
-        raise TypeError(f"{name} must have dtype {', '.join(DTYPES[:kDtypes])}")
+    if view.dtype < 0 or view.dtype >= dtypes:
+        raise TypeError(f"{name} must have dtype {', '.join(DTYPES[:dtypes])}")
     if view.dims != dims:
         raise ValueError(f"{name} must have {dims} dimensions, got {view.dims}")
     for axis in range(dims):
@@ -186,11 +209,13 @@ cdef int check_distinct(const View* view, str name) except -1:
     return 0
 
 
-cdef const void* read_weight(tensor, str name, int dtype, int64_t d0, int64_t d1) except? NULL:
+cdef const void* read_weight(
+    const Place* place, tensor, str name, int dtype, int64_t d0, int64_t d1
+) except? NULL:
     cdef View view
     if tensor is None:
         return NULL
-    read(tensor, name, &view)
+    read_at(place, tensor, name, &view)
     check(&view, name, dtype, d0, d1, -1)
     check_contiguous(&view, name)
     return view.data
@@ -202,7 +227,7 @@ cdef int read_sequence(
     cdef View view
     if tensor is None:
         return 0
-    read(tensor, name, &view)
+    read_at(&problem.place, tensor, name, &view)
     if problem.params.packed:
         check(&view, name, problem.dtype, problem.rows, columns, -1)
     else:
@@ -220,7 +245,7 @@ cdef int read_state(State* out, tensor, str name, const Problem* problem) except
     cdef View view
     if tensor is None:
         return 0
-    read(tensor, name, &view)
+    read_at(&problem.place, tensor, name, &view)
     check(&view, name, problem.state_dtype, problem.params.batch, problem.params.hidden_size, -1)
     check_unit_stride(&view, name)
     out.data = view.data

@@ -26,16 +26,18 @@ MAY_IMPORT = {
     "verify": {"reference", "info"},
 }
 TOP_FILES = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-# The one file that may import the extension.
-BINDING = "backends/native.py"
+# The files that may import the extension.
+BINDINGS = {"backends/native.py", "backends/cuda.py"}
 
 PYTHON_FILES = sorted(PACKAGE.rglob("*.py"))
-CXX_FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp") and path != VENDORED)
+CXX_FILES = sorted(
+    path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cuh", ".cu") and path != VENDORED
+)
 SOURCES = [
     path
     for folder in ("fastseq", "csrc", "tests", "bench", "examples")
     for path in (ROOT / folder).rglob("*")
-    if path.suffix in (".py", ".pyx", ".pxd", ".pxi", ".h", ".cpp") and path != VENDORED
+    if path.suffix in (".py", ".pyx", ".pxd", ".pxi", ".h", ".cpp", ".cuh", ".cu") and path != VENDORED
 ]
 
 
@@ -71,7 +73,7 @@ def includes_of(path):
 def test_imports_point_one_way(path):
     inside = path.relative_to(PACKAGE)
     imported = parts_of(path)
-    assert "_native" not in imported or str(inside) == BINDING
+    assert "_native" not in imported or str(inside) in BINDINGS
     if len(inside.parts) > 1:
         part = inside.parts[0]
         assert part in MAY_IMPORT, f"{part} is not in the table above"
@@ -104,6 +106,7 @@ def test_includes(path):
     assert not [name for name in included if re.search(r"torch|ATen|c10|[Pp]ython", name)], "csrc knows no torch"
     assert ("immintrin.h" in included) <= (str(inside) == "cpu/simd.h"), "intrinsics are for cpu/simd.h"
     assert ("omp.h" in included) <= (str(inside) == "cpu/threads.cpp"), "OpenMP is for cpu/threads.cpp"
+    assert any(name.startswith("cuda_") for name in included) <= (str(inside) == "cuda/common.cuh")
     assert ("#pragma omp" in path.read_text()) <= (str(inside) == "cpu/threads.cpp")
     if inside.parts[0] == "math":
         assert not [name for name in included if "/" in name], "math/ knows nothing but itself"

@@ -24,6 +24,7 @@ extern const Kernels kTable = {FASTSEQ_STRINGIFY(FASTSEQ_ISA),
                                kAttentionKernels,
                                kLayerNormKernels,
                                kLinearKernels,
-                               fma_peak};
+                               fma_peak,
+                               nullptr};
 
 }  // namespace fastseq::FASTSEQ_ISA

@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from types import ModuleType
 
-__all__ = ["BACKENDS", "select", "use_backend"]
+__all__ = ["BACKENDS", "select", "select_cuda", "use_backend"]
 
 BACKENDS = ("native", "torch")
 
@@ -45,6 +46,23 @@ _choice: ContextVar[str] = ContextVar("backend", default=_default)
 def select() -> ModuleType | None:
     """The backend to call: `fastseq.backends.native`, or None where torch's own operators are to run."""
     return _native if _choice.get() == "native" else None
+
+
+@cache
+def _load_cuda() -> ModuleType | None:
+    if _native is None:
+        return None
+    from fastseq.backends import cuda
+
+    if cuda.why_off():
+        return None
+    cuda.open_library()
+    return cuda
+
+
+def select_cuda() -> ModuleType | None:
+    """The backend for tensors of a GPU: `fastseq.backends.cuda`, or None where torch's own operators are to run."""
+    return _load_cuda() if _choice.get() == "native" else None
 
 
 @contextmanager

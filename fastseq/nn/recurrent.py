@@ -69,7 +69,7 @@ class SequenceModule(PacksWeights):
             tensors = [data, *states]
             for direction in weights:
                 tensors += direction
-            route, backend = support.route(tensors)
+            route, backend = support.route(tensors, cuda=True)
             fits = route is Route.KERNELS or checks.alike(tensors)
         if not fits:
             return self._mistake(input, hx, beyond_torch)
@@ -84,7 +84,7 @@ class SequenceModule(PacksWeights):
                 return forward(self, input, hx, lengths=lengths, reset=reset, return_states=return_states)
             if not beyond_torch and route is Route.TORCH:
                 return self._torch_class.forward(self, input, hx)
-        keeps_panels = route is Route.KERNELS and not needs_grad(*tensors)
+        keeps_panels = route is Route.KERNELS and data.is_cpu and not needs_grad(*tensors)
         run = _Run(weights, route, backend, keeps_panels, return_states)
         if packed:
             return self._forward_packed(input, states, run._replace(rows=packed_rows(batch_sizes)))
@@ -233,7 +233,7 @@ class SequenceModule(PacksWeights):
         if unbatched:
             states = tuple(None if s is None else s.unsqueeze(1) for s in states)
         tensors = [w for direction in weights for w in direction]
-        route, backend = support.route((x, *tensors), states)
+        route, backend = support.route((x, *tensors), states, cuda=True)
         if route in (Route.KERNELS, Route.GRAPH) and (self.proj_size or not x.numel()):
             route = Route.TORCH
         float_state = x.dtype is torch.bfloat16
@@ -255,11 +255,11 @@ class SequenceModule(PacksWeights):
     ) -> tuple[Tensor, States]:
         """`_layers` for one step and one direction without gradients: the shortest way to the kernels."""
         cell, keep, threads = self._cell, self._packed_weights(), torch.get_num_threads()
-        pack = partial(backend.pack, cell.name)
+        pack = partial(backend.pack, cell.name) if keep.frozen and x.is_cpu else None
         last = []
         for layer, direction in enumerate(weights):
             h, c = (None if s is None else unit_stride(s[layer]) for s in states)
-            panels = keep.panels(backend, layer, [direction], pack)[0] if keep.frozen else None
+            panels = keep.panels(backend, layer, [direction], pack)[0] if pack else None
             w_ih, w_hh, b_ih, b_hh = map(contiguous, direction)
             x, h, c, _ = backend.recurrent_step(
                 cell.name, unit_stride(x), h, c, w_ih, w_hh, b_ih, b_hh, threads, False, panels, float_state

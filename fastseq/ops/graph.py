@@ -13,8 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastseq import backends
-from fastseq.ops import composite, kernel_calls
+from fastseq.ops import composite, kernel_calls, support
 from fastseq.ops.cell import Direction, Layer, Results, Weights
 from fastseq.ops.lengths import padded_rows
 
@@ -45,7 +44,7 @@ def _call(
 ) -> tuple[Layer, ModuleType]:
     from fastseq.ops import CELLS  # their modules import this one
 
-    backend = backends.select()
+    backend = support.backend_of(x)
     if backend is None:
         raise RuntimeError(
             "this graph was compiled for the kernels, which are switched off: call torch._dynamo.reset()"

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq import backends
 from fastseq.ops import checks, composite, graph, kernel_calls, support
 from fastseq.ops.autograd import c_apply, composite_backward, needs_grad
 from fastseq.ops.cell import Cell, Direction, Layer, Results, Weights
@@ -53,7 +52,7 @@ def _kernels_read(call: Layer) -> bool:
     # What route() does not see. Lengths that only torch can read, such as those of a subclass, have no batch sizes.
     rows, reset = call.rows, call.reset
     return (rows is None or (rows.batch_sizes is not None and rows.longest > 0)) and (
-        reset is None or support.plain(reset, torch.bool)
+        reset is None or support.plain(reset, torch.bool, reset.is_cuda)
     )
 
 
@@ -75,7 +74,7 @@ def run_sequence(
     if reset is not None:
         checks.check_reset(reset, (steps, batch), input.device)
     rows = None if lengths is None else padded_rows(lengths, steps, batch, input.device)
-    route, backend = support.route((input, *weights), (h_0, c_0))
+    route, backend = support.route((input, *weights), (h_0, c_0), cuda=True)
     if input.numel() == 0 and route in (Route.KERNELS, Route.GRAPH):
         route = Route.TORCH
     if support.is_compiling() and route is Route.TORCH and not torch.compiler.is_exporting():
@@ -107,7 +106,7 @@ def run_step(
     """
     if support.observed():
         return None
-    backend = backends.select()
+    backend = support.backend_of(x)
     if backend is None:
         return None
     w_ih, w_hh, b_ih, b_hh = weights

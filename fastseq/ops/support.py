@@ -20,6 +20,7 @@ from torch.utils._device import DeviceContext
 from fastseq import backends
 
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
+CUDA_DTYPES = DTYPES | {torch.float16}
 PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
@@ -110,12 +111,14 @@ def observed() -> bool:
     )
 
 
-def plain(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """True where a kernel may read the memory of `tensor`: strided CPU memory of this dtype, no lazy neg bit."""
+def plain(tensor: Tensor, dtype: torch.dtype, cuda: bool = False) -> bool:
+    """True where a kernel may read the memory of `tensor`: strided CPU memory of this dtype, no lazy neg bit. `cuda`:
+    memory of a GPU instead.
+    """
     return (
         type(tensor) in PLAIN_TYPES
         and tensor.dtype is dtype
-        and tensor.is_cpu
+        and (tensor.is_cuda if cuda else tensor.is_cpu)
         and tensor.layout is torch.strided
         and not tensor.is_nested
         and not tensor.is_neg()
@@ -147,47 +150,62 @@ def kernels_differentiate(grads: Iterable[Tensor | None]) -> bool:
     """
     if torch.is_grad_enabled() or transforms_active() or dispatch_modes():
         return False
-    return all(grad is None or (plain(grad, grad.dtype) and _has_storage(grad)) for grad in grads)
+    return all(grad is None or (plain(grad, grad.dtype, grad.is_cuda) and _has_storage(grad)) for grad in grads)
 
 
-def kernels_selected() -> bool:
+def backend_of(tensor: Tensor) -> ModuleType | None:
+    """The backend with recurrent kernels for the device of a tensor, None where there is none."""
+    return backends.select() if tensor.is_cpu else backends.select_cuda() if tensor.is_cuda else None
+
+
+def kernels_selected(cuda: bool) -> bool:
     """True where a backend is at hand. torch.compile takes the answer for a constant of the graph."""
-    return backends.select() is not None
+    return (backends.select_cuda() if cuda else backends.select()) is not None
 
 
 kernels_selected._dynamo_marked_constant = True  # what torch._dynamo.assume_constant_result does, without its import
 
 
-def route(tensors: Iterable[Tensor | None], states: Iterable[Tensor | None] = ()) -> tuple[Route, ModuleType | None]:
+def route(
+    tensors: Iterable[Tensor | None], states: Iterable[Tensor | None] = (), *, cuda: bool = False
+) -> tuple[Route, ModuleType | None]:
     """Who computes a call on these tensors, and with which backend.
 
     Args:
         tensors: the input first, then weights and biases; all must have the input's dtype.
         states: initial states, which may also be float32 beside a bfloat16 input.
+        cuda: there are CUDA kernels for the call, too.
     """
     if observed():
-        return _observed_route([t for t in (*tensors, *states) if t is not None]), None
+        return _observed_route([t for t in (*tensors, *states) if t is not None], cuda), None
     dtype = None
     for tensor in tensors:
         if tensor is not None:
             if dtype is None:
-                dtype = tensor.dtype
-                if dtype not in DTYPES:
+                dtype, first = tensor.dtype, tensor
+                cuda = cuda and tensor.is_cuda
+                if dtype not in (CUDA_DTYPES if cuda else DTYPES):
                     return Route.TORCH, None
-            if not plain(tensor, dtype):
+            if not plain(tensor, dtype, cuda) or (cuda and tensor.device != first.device):
                 return Route.TORCH, None
     for state in states:
-        wide = dtype is torch.bfloat16 and state is not None and plain(state, torch.float32)
-        if state is not None and not wide and not plain(state, dtype):
+        wide = dtype is torch.bfloat16 and state is not None and plain(state, torch.float32, cuda)
+        if state is not None and not wide and not plain(state, dtype, cuda):
             return Route.TORCH, None
-    backend = backends.select()
+        if state is not None and cuda and state.device != first.device:
+            return Route.TORCH, None
+    backend = backends.select_cuda() if cuda else backends.select()
     return (Route.TORCH if backend is None else Route.KERNELS), backend
 
 
-def _observed_route(tensors: list[Tensor]) -> Route:
+def _observed_route(tensors: list[Tensor], cuda: bool) -> Route:
     if is_compiling():
-        served = not torch.compiler.is_exporting() and not torch.is_autocast_enabled("cpu") and kernels_selected()
-        served = served and tensors[0].dtype in DTYPES
-        served = served and all(t.is_cpu and t.dtype is tensors[0].dtype and type(t) in PLAIN_TYPES for t in tensors)
+        first = tensors[0]
+        cuda = cuda and first.is_cuda
+        served = not torch.compiler.is_exporting() and not torch.is_autocast_enabled("cuda" if cuda else "cpu")
+        served = served and kernels_selected(cuda) and first.dtype in (CUDA_DTYPES if cuda else DTYPES)
+        served = served and all(
+            (t.is_cuda if cuda else t.is_cpu) and t.dtype is first.dtype and type(t) in PLAIN_TYPES for t in tensors
+        )
         return Route.GRAPH if served else Route.TORCH
     return Route.COMPOSITE if transformed() else Route.TORCH

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-EPS = {"float32": 2.0**-23, "float64": 2.0**-52, "bfloat16": 2.0**-7}
+EPS = {"float32": 2.0**-23, "float64": 2.0**-52, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 
 
 class Verdict(NamedTuple):
@@ -26,9 +26,9 @@ def error_rule(
 
     ours, torch_: results by name, the same names in both; ref: the reference's results, which may have more. Arrays, or
     tensors that NumPy can read (bfloat16 it cannot: pass `tensor.float()`). ref should be computed in float64, for
-    float64 results in longdouble. dtype: what the results are stored in, "float32", "float64" or "bfloat16", or torch's
-    dtype of that name. A value that is not finite fails, whoever it comes from. Raises ValueError if names or shapes do
-    not match, if there is nothing to compare, or for another dtype.
+    float64 results in longdouble. dtype: what the results are stored in, "float32", "float64", "bfloat16" or "float16",
+    or torch's dtype of that name. A value that is not finite fails, whoever it comes from. Raises ValueError if names
+    or shapes do not match, if there is nothing to compare, or for another dtype.
 
     >>> ref = {"y": np.array([1.0, 2.0])}
     >>> error_rule({"y": np.array([1.0, 2.0 + 1e-7])}, {"y": np.array([1.0, 2.0])}, ref, "float32").ok

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from dataclasses import fields as dataclass_fields
 
 import numpy as np
 import torch
@@ -89,9 +90,15 @@ class Inputs:
     lengths: Tensor | None  # (B,)
     reset: Tensor | None  # (T, B)
 
+    def to(self, device: str) -> Inputs:
+        """The same on another device; lengths stay on the CPU."""
+        fields = {f.name: getattr(self, f.name) for f in dataclass_fields(self) if f.name not in ("weights", "lengths")}
+        moved = {name: None if a is None else a.to(device) for name, a in fields.items()}
+        return replace(self, weights=tuple(None if w is None else w.to(device) for w in self.weights), **moved)
+
     @property
     def active(self) -> Tensor:
-        """(T, B), False at padding."""
+        """(T, B) on the CPU, False at padding."""
         steps, batch = self.x.shape[:2]
         if self.lengths is None:
             return torch.ones(steps, batch, dtype=torch.bool)
@@ -205,7 +212,7 @@ def _torch_sequence(cell: str, case: Case, x: Tensor, state: tuple[Tensor, ...],
 
 def _torch_loop(cell: str, case: Case, x: Tensor, state: tuple[Tensor, ...], weights: list, inputs: Inputs):
     step = getattr(torch, f"{cell}_cell")
-    active = inputs.active[..., None]
+    active = inputs.active[..., None].to(x.device)
     cut = torch.zeros_like(active) if inputs.reset is None else inputs.reset[..., None] & active
     if case.reverse:  # the cut between t and t + 1 is met on the way from t + 1 to t
         cut = torch.cat([cut[1:], torch.zeros_like(cut[:1])])
@@ -221,10 +228,12 @@ def _torch_loop(cell: str, case: Case, x: Tensor, state: tuple[Tensor, ...], wei
 
 
 def kernel_results(
-    native, cell: str, case: Case, inputs: Inputs, isa: str
+    backend, cell: str, case: Case, inputs: Inputs, isa: str
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """(kernel, results) of every kernel that serves the case. Padding holds NaN, and so do outputs before each run, so
-    that a value shows which is read where it must not be, or is not written where it must be.
+    """(kernel, results) of every kernel of a backend, that of the CPU or of CUDA, that serves the case.
+
+    Padding holds NaN, and so do outputs before each run, so that a value shows which is read where it must not be, or
+    is not written where it must be.
     """
     active, nan = inputs.active, float("nan")
     state_dtype = torch.float32 if case.float_state else inputs.x.dtype
@@ -236,10 +245,10 @@ def kernel_results(
         """A sequence as the kernel takes it: padded with NaN, or packed."""
         if a is None or inputs.lengths is None:
             return a
-        return _packed(a, active, order) if case.packed else torch.where(active[..., None], a, nan)
+        return _packed(a, active, order) if case.packed else torch.where(active[..., None].to(a.device), a, nan)
 
     def poisoned(size: int) -> Tensor:
-        return torch.full((*laid_out(inputs.x).shape[:-1], size), nan, dtype=inputs.x.dtype)
+        return torch.full((*laid_out(inputs.x).shape[:-1], size), nan, dtype=inputs.x.dtype, device=inputs.x.device)
 
     def back(results: dict[str, Tensor | None]) -> dict[str, np.ndarray]:
         results = {name: array(a) for name, a in results.items() if a is not None}
@@ -257,14 +266,13 @@ def kernel_results(
         "float_state": case.float_state,
     }
     step_only = case.steps == 1 and inputs.lengths is None and not case.reset
-    with native.use_isa(isa), poisoned_memory(native):
+    with backend.use_isa(isa), poisoned_memory(backend):
         forward = (cell, laid_out(inputs.x), h_0, c_0, inputs.weights)
-        for kernel, panels, save in (
-            ("inference, packed weights", native.pack(cell, inputs.weights), False),
-            ("inference", None, False),
-            ("training", None, True),
-        ):
-            y, h_n, c_n, c_all, saved = native.recurrent_forward(
+        kernels = [("inference", None, False), ("training", None, True)]
+        if hasattr(backend, "pack"):
+            kernels.append(("inference, packed weights", backend.pack(cell, inputs.weights), False))
+        for kernel, panels, save in kernels:
+            y, h_n, c_n, c_all, saved = backend.recurrent_forward(
                 *forward,
                 **options,
                 panels=panels,
@@ -274,7 +282,7 @@ def kernel_results(
             )
             results = {"y": y, "h_n": h_n, "c_n": c_n, "c_all": c_all}
             if save:
-                gradients = native.recurrent_backward(
+                gradients = backend.recurrent_backward(
                     *forward,
                     y,
                     saved,
@@ -291,7 +299,7 @@ def kernel_results(
                 results |= dict(zip(names, gradients, strict=True))
             yield kernel, back(results)
             if step_only:
-                y, h_n, c_n, _ = native.recurrent_step(
+                y, h_n, c_n, _ = backend.recurrent_step(
                     cell,
                     inputs.x[0],
                     h_0,
@@ -322,11 +330,11 @@ def _without_padding(results: dict[str, np.ndarray], inputs: Inputs) -> dict[str
 
 
 def compare(
-    cell: str, native, case: Case, dtype: torch.dtype, isas: Sequence[str], seed: int = 0
+    cell: str, backend, case: Case, dtype: torch.dtype, isas: Sequence[str], seed: int = 0
 ) -> Iterator[Comparison]:
     """What is to be compared: every kernel of every instruction set."""
     inputs = make_inputs(cell, case, dtype, seed)
     reference, torch_ = reference_results(cell, case, inputs, exact_dtype(dtype)), torch_results(cell, case, inputs)
     for isa in isas:
-        for kernel, results in kernel_results(native, cell, case, inputs, isa):
+        for kernel, results in kernel_results(backend, cell, case, inputs, isa):
             yield Comparison(isa, kernel, results, torch_, reference)

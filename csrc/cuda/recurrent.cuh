@@ -1,0 +1,124 @@
+// The recurrent driver: any cell, one layer in one direction. One launch a step, which holds a tile of rows and units:
+// the product with W_hh for it, then the cell as its epilogue. A sum runs over its terms in order, from the first to
+// the last, whatever the sizes; so every output is bitwise the same on every run and for any batch.
+#pragma once
+
+#include "common.cuh"
+
+namespace fastseq::cuda {
+
+// The rows of one step: the first of them in packed order, and how many there are. None outside of the sequence.
+struct Span {
+  int64_t time, start, active;
+};
+
+// A launch and its neighbours in the order of computation.
+struct Step {
+  Span before, now, after;
+  int64_t rows;         // of the launch
+  int64_t empty_begin;  // rows of length 0 begin here; rows here and above pass their states through
+};
+
+// The steps of a call, on the host.
+class Timeline {
+ public:
+  explicit Timeline(const RecurrentParams& p) : p_(p) {
+    for (int64_t t = 0; t < p.steps; ++t) rows_ += active(t);
+  }
+
+  int64_t rows() const { return rows_; }
+  int64_t forward_step() const { return p_.reverse ? -1 : 1; }
+  int64_t longest() const { return active(0); }
+  Span first() const { return p_.reverse ? shift({p_.steps, rows_, 0}, -1) : shift({-1, 0, 0}, 1); }
+  Span last() const { return p_.reverse ? shift({-1, 0, 0}, 1) : shift({p_.steps, rows_, 0}, -1); }
+  Span shift(const Span& span, int64_t by) const {
+    const int64_t t = span.time + by;
+    return {t, by > 0 ? span.start + span.active : span.start - active(t), active(t)};
+  }
+
+ private:
+  int64_t active(int64_t t) const { return t < 0 || t >= p_.steps ? 0 : p_.batch_sizes ? p_.batch_sizes[t] : p_.batch; }
+
+  const RecurrentParams& p_;
+  int64_t rows_ = 0;
+};
+
+// Where things lie, for the threads of a launch.
+template <class Cell, class S>
+struct Layer {
+  using T = Compute<S>;
+  static constexpr bool kHasCarry = Cell::kCarry != Carry::kNone;
+
+  const RecurrentParams& p;
+  const Step& step;
+
+  __host__ static int64_t saved_elements(const RecurrentParams& p, int64_t rows) {
+    return rows * (Cell::kSlots + kHasCarry) * p.hidden_size;
+  }
+  __device__ T* slots(int64_t row) const { return (T*)p.saved + row * Cell::kSlots * p.hidden_size; }
+  __device__ T* carries(int64_t rows, int64_t row) const { return slots(rows) + row * p.hidden_size; }
+
+  __device__ int64_t batch_index(int64_t b) const { return p.order ? p.order[b] : b; }
+  template <class Row>
+  __device__ Row* row(const Sequence& sequence, const Span& span, int64_t b) const {
+    return (Row*)sequence.data + (p.packed ? (span.start + b) * sequence.row_stride
+                                           : span.time * sequence.step_stride + batch_index(b) * sequence.row_stride);
+  }
+
+  // True if the state is cut before row b enters `span`; `first` if it starts there from its initial state.
+  __device__ bool is_cut(const Span& span, bool first, int64_t b) const {
+    if (!p.reset || (p.reverse && first)) return false;
+    const int64_t boundary = p.reverse ? span.time + 1 : span.time;  // between the steps boundary - 1 and boundary
+    return p.reset[boundary * p.reset_step_stride + batch_index(b) * p.reset_row_stride];
+  }
+
+  // States of bfloat16 layers may be float32.
+  __device__ T load_state(const State& state, int64_t b, int64_t u) const {
+    if (!state.data) return 0;
+    const int64_t at = batch_index(b) * state.row_stride + u;
+    return p.float_state ? load((const T*)state.data + at) : load((const S*)state.data + at);
+  }
+  __device__ void store_state(const State& state, int64_t b, int64_t u, T v) const {
+    if (!state.data) return;
+    const int64_t at = batch_index(b) * state.row_stride + u;
+    p.float_state ? store((T*)state.data + at, v) : store((S*)state.data + at, v);
+  }
+
+  // The hidden state before the step, as the storage of y holds it.
+  __device__ S hidden_before(int64_t b, int64_t u) const {
+    const bool first = b >= step.before.active;
+    S h;
+    if (is_cut(step.now, first, b))
+      store(&h, 0);
+    else if (first)
+      store(&h, load_state(p.h_0, b, u));
+    else
+      h = row<const S>(p.y, step.before, b)[u];
+    return h;
+  }
+  __device__ T carry_before(int64_t rows, int64_t b, int64_t u) const {
+    const bool first = b >= step.before.active;
+    if (is_cut(step.now, first, b)) return 0;
+    if (first) return load_state(Cell::kCarry == Carry::kHidden ? p.h_0 : p.c_0, b, u);
+    return carries(rows, step.before.start + b)[u];
+  }
+};
+
+}  // namespace fastseq::cuda
+
+#include "recurrent_backward.cuh"
+#include "recurrent_forward.cuh"
+
+namespace fastseq::cuda {
+
+// The entries of the kernel table for one cell and one storage type.
+template <class Cell, class S>
+constexpr RecurrentKernels recurrent_kernels() {
+  return {nullptr,
+          [](const RecurrentParams& p) {
+            return Layer<Cell, S>::saved_elements(p, Timeline(p).rows()) * int64_t(sizeof(Compute<S>));
+          },
+          nullptr, forward<Cell, S>, backward<Cell, S>};
+}
+
+}  // namespace fastseq::cuda
