@@ -6,10 +6,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastseq import backends
 
 ROOT = Path(__file__).parent.parent
+if torch.cuda.is_available():
+    os.environ["FASTSEQ_CUDA"] = "on"  # for test_cuda_recurrent.py; tensors of the CPU never take those kernels
 
 
 @pytest.fixture(params=["torch", "native"])

@@ -36,8 +36,8 @@ def test_error_rule_refuses_what_it_cannot_compare():
             error_rule(ours, torch_, ref, "float32")
     with pytest.raises(ValueError, match=r"y has shape \(1,\), the reference \(2,\)"):
         error_rule(one, two, two, "float32")
-    with pytest.raises(ValueError, match="dtype must be one of float32, float64, bfloat16, got float16"):
-        error_rule(one, one, one, "float16")
+    with pytest.raises(ValueError, match="dtype must be one of float32, float64, bfloat16, float16, got int8"):
+        error_rule(one, one, one, "int8")
 
 
 def test_error_rule_sees_float64_errors_below_float64_s_resolution():

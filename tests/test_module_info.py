@@ -14,14 +14,14 @@ INFOS = {info.module_cls: info for info in module_db}
 each = pytest.mark.parametrize(("ours", "torchs"), OURS, ids=[f"{ours.__module__}.{ours.__name__}" for ours, _ in OURS])
 
 
-def samples(info, dtype=torch.float64, training=True):
-    return info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training)
+def samples(info, dtype=torch.float64, training=True, device="cpu"):
+    return info.module_inputs_func(info, device=device, dtype=dtype, requires_grad=True, training=training)
 
 
-def build(cls, sample, dtype=torch.float64):
+def build(cls, sample, dtype=torch.float64, device="cpu"):
     torch.manual_seed(0)
     arguments = sample.constructor_input
-    return cls(*arguments.args, **{"dtype": dtype, "device": "cpu", **arguments.kwargs})
+    return cls(*arguments.args, **{"dtype": dtype, "device": device, **arguments.kwargs})
 
 
 def leaves(value):
@@ -30,13 +30,11 @@ def leaves(value):
     return [leaf for part in value for leaf in leaves(part)] if isinstance(value, tuple | list) else []
 
 
-@each
-def test_samples(ours, torchs):
-    """Outputs as torch's and as the sample's reference function, gradients, state in and out."""
+def samples_agree(ours, torchs, device):
     count = 0
-    for sample in samples(INFOS[torchs]):
+    for sample in samples(INFOS[torchs], device=device):
         forward = sample.forward_input
-        module, reference = build(ours, sample), build(torchs, sample)
+        module, reference = build(ours, sample, device=device), build(torchs, sample, device=device)
         assert repr(module) == repr(reference)
         results = []
         for m in (module, reference):
@@ -51,6 +49,12 @@ def test_samples(ours, torchs):
             torch.testing.assert_close(leaves(module(*forward.args, **forward.kwargs)), wanted)
         count += 1
     assert count > 0
+
+
+@each
+def test_samples(ours, torchs):
+    """Outputs as torch's and as the sample's reference function, gradients, state in and out."""
+    samples_agree(ours, torchs, "cpu")
 
 
 @each

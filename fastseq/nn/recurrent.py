@@ -30,7 +30,7 @@ class _Run(NamedTuple):
     weights: list[Direction]  # per layer and direction
     route: Route
     backend: ModuleType | None
-    keeps_panels: bool = False
+    keeps_panels: bool = False  # the backend packs weights, those of the CPU alone, and nothing records
     return_states: bool = False
     float_state: bool = False
     batch_first: bool = False
@@ -84,7 +84,7 @@ class SequenceModule(PacksWeights):
                 return forward(self, input, hx, lengths=lengths, reset=reset, return_states=return_states)
             if not beyond_torch and route is Route.TORCH:
                 return self._torch_class.forward(self, input, hx)
-        keeps_panels = route is Route.KERNELS and data.is_cpu and not needs_grad(*tensors)
+        keeps_panels = route is Route.KERNELS and hasattr(backend, "pack") and not needs_grad(*tensors)
         run = _Run(weights, route, backend, keeps_panels, return_states)
         if packed:
             return self._forward_packed(input, states, run._replace(rows=packed_rows(batch_sizes)))
@@ -255,7 +255,7 @@ class SequenceModule(PacksWeights):
     ) -> tuple[Tensor, States]:
         """`_layers` for one step and one direction without gradients: the shortest way to the kernels."""
         cell, keep, threads = self._cell, self._packed_weights(), torch.get_num_threads()
-        pack = partial(backend.pack, cell.name) if keep.frozen and x.is_cpu else None
+        pack = partial(backend.pack, cell.name) if keep.frozen and hasattr(backend, "pack") else None
         last = []
         for layer, direction in enumerate(weights):
             h, c = (None if s is None else unit_stride(s[layer]) for s in states)

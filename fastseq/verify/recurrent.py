@@ -270,7 +270,7 @@ def kernel_results(
         forward = (cell, laid_out(inputs.x), h_0, c_0, inputs.weights)
         kernels = [("inference", None, False), ("training", None, True)]
         if hasattr(backend, "pack"):
-            kernels.append(("inference, packed weights", backend.pack(cell, inputs.weights), False))
+            kernels.insert(0, ("inference, packed weights", backend.pack(cell, inputs.weights), False))
         for kernel, panels, save in kernels:
             y, h_n, c_n, c_all, saved = backend.recurrent_forward(
                 *forward,
