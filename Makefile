@@ -19,7 +19,7 @@ EXTRAS := cli,test,bench,lint
 CXX_SOURCES := $(filter-out csrc/dlpack.h,$(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cu*)) \
 	$(wildcard tests/cuda_on_host/*.h)
 
-.PHONY: build demo test bench lint format asan clean
+.PHONY: build demo test bench lint format cuda asan clean
 build: $(READY)
 
 demo: $(READY)
@@ -41,6 +41,10 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+# Compiles the CUDA kernels for every target, and reports what registers they take; they are part of the build as well.
+cuda: $(READY)
+	$(BIN)/python .ci/cuda
 
 # A build of its own beside the editable one. `python -P -S` on the whole of sys.path skips the hook of the editable
 # install and the source tree, which would answer first; libstdc++ has to be there before the sanitizer looks into it.
