@@ -38,7 +38,7 @@ def _parser() -> _Parser:
     commands.add_parser("info", help="what is installed, which kernels are active, and why the others are not")
 
     check = commands.add_parser("verify", help="every kernel against the float64 reference; exit code 1 on a failure")
-    for name, choices in {"op": verify.FAMILIES, "dtype": verify.DTYPES, "isa": info.ISA_FLAGS}.items():
+    for name, choices in {"op": verify.FAMILIES, "dtype": verify.DTYPES, "isa": (*info.ISA_FLAGS, "cuda")}.items():
         text = f"only this one, may be given several times: {', '.join(choices)}"
         check.add_argument(f"--{name}", action="append", choices=tuple(choices), metavar=name.upper(), help=text)
 

@@ -24,6 +24,7 @@ ISA_FLAGS = {"baseline": (), "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": (*
 
 VARIABLES = {
     "FASTSEQ_BACKEND": "native: the kernels (default); torch: always torch's own path",
+    "FASTSEQ_CUDA": "on: the CUDA kernels, which have not been tested on a GPU yet; off (default): torch's own path",
     "FASTSEQ_ISA": f"a lower instruction set than the best one: {', '.join(ISA_FLAGS)}; read once, at import",
 }
 
@@ -52,6 +53,18 @@ def load_kernels() -> tuple[ModuleType | None, str]:
     return native, ""
 
 
+def load_cuda_kernels() -> tuple[ModuleType | None, str]:
+    """The CUDA backend where it is on, or None and why it is not."""
+    native, reason = load_kernels()
+    if native is None:
+        return None, f"not built: {reason}"
+    from fastseq.backends import cuda
+
+    reason = cuda.why_off()
+    with backends.use_backend("native"):
+        return backends.select_cuda(), reason
+
+
 def _versions() -> Rows:
     yield "fastseq", f"{fastseq.__version__} in {Path(fastseq.__file__).parent}"
     yield "torch", torch.__version__
@@ -68,7 +81,7 @@ def _versions() -> Rows:
 def _machine() -> Rows:
     yield "CPU", f"{cpu_name()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} processors usable"
     yield "threads", f"{torch.get_num_threads()} (torch.get_num_threads())"
-    yield "GPU", "no kernels yet: tensors there take torch's path"
+    yield "GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "torch sees none"
 
 
 def _backends() -> Rows:
@@ -78,6 +91,8 @@ def _backends() -> Rows:
         yield "calls take", "torch's own path"
         return
     yield "native", f"built, {native.__file__}"
+    cuda, reason = load_cuda_kernels()
+    yield "CUDA", reason or f"on, {cuda.LIBRARY}; not tested on a GPU yet"
     yield "calls take", "the kernels" if backends.select() else "torch's own path (FASTSEQ_BACKEND)"
 
 

@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import CELLS
+from cases import CELLS, assert_close
 
 from fastseq import backends
+from fastseq.ops import CELLS as CELL_SPECS
+from fastseq.ops import Layer, RecurrentFunction, StepFunction
+from fastseq.ops.lengths import packed_rows, padded_rows
 from fastseq.verify import judge
 from fastseq.verify.recurrent import Case, kernel_results, make_inputs, reference_results, torch_results
 
@@ -71,3 +74,119 @@ def check(cell, case, dtype):
 def test_every_case(cell, options, reverse, dtype):
     for T, B, I, H in SHAPES:  # noqa: E741
         check(cell, Case(T, B, I, H, reverse=reverse, **options), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_halves(cell, dtype):
+    check(cell, Case(3, 33, 7, 33), dtype)
+    check(cell, Case(5, 7, 1, 65, lengths=True, reset=True, reverse=True), dtype)
+    if dtype == "bfloat16":
+        check(cell, Case(5, 7, 9, 17, float_state=True), dtype)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_order_of_threads_does_not_matter(cell, options, monkeypatch):
+    """A thread that reads what another has yet to write, with no barrier between, gives another result in one order."""
+    case = Case(3, 17, 9, 33, **options)
+    inputs = make_inputs(cell, case, torch.float32)
+    results = []
+    for order in ("rising", "falling"):
+        monkeypatch.setenv("EMULATION_ORDER", order)
+        results.append([run for _, run in kernel_results(cuda, cell, case, inputs, "cuda")])
+    for rising, falling in zip(*results, strict=True):
+        assert all(np.array_equal(rising[name], falling[name]) for name in rising)
+
+
+@pytest.mark.parametrize("rows", ["plain", "lengths", "packed"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_a_layer_in_two_directions(cell, rows):
+    """Through autograd, as a module calls it: both directions into one output and one dx, states in and out."""
+    torch.manual_seed(0)
+    lengths = torch.tensor([5, 2, 0, 5, 3]) if rows == "lengths" else None
+    x = torch.randn(12, 3, dtype=torch.float64) if rows == "packed" else torch.randn(5, 5, 3, dtype=torch.float64)
+    rows = packed_rows(torch.tensor([5, 3, 2, 1, 1])) if rows == "packed" else None
+    rows = padded_rows(lengths, 5, 5, x.device) if lengths is not None else rows
+    layer = Layer(CELL_SPECS[cell], (False, True), rows, want_c=cell == "lstm")
+    states = [torch.randn(2, 5, 7, dtype=torch.float64) for _ in range(1 + (cell == "lstm"))] + [None] * (
+        cell != "lstm"
+    )
+    gates = 7 * CELLS[cell]
+    weights = [
+        torch.randn(size, dtype=torch.float64) for _ in range(2) for size in ((gates, 3), (gates, 7), gates, gates)
+    ]
+    tensors = [None if a is None else a.requires_grad_() for a in (x, *states, *weights)]
+    results = []
+    for backend in (cuda, backends.select()):
+        outputs = [a for a in RecurrentFunction.apply(layer, backend, *tensors) if a is not None]
+        ones = [torch.ones_like(a) for a in outputs]
+        gradients = torch.autograd.grad(outputs, [a for a in tensors if a is not None], ones)
+        results.append({str(n): a.detach().numpy() for n, a in enumerate((*outputs, *gradients))})
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("cell", ["rnn_relu", "lstm", "gru"])
+def test_a_step(cell):
+    inputs = make_inputs(cell, Case(1, 17, 9, 33), torch.float64)
+    tensors = [
+        None if a is None else a.requires_grad_() for a in (inputs.x[0], inputs.h_0, inputs.c_0, *inputs.weights)
+    ]
+    results = []
+    for backend in (cuda, backends.select()):
+        outputs = [a for a in StepFunction.apply(CELL_SPECS[cell], backend, *tensors) if a is not None]
+        gradients = torch.autograd.grad(outputs, [a for a in tensors if a is not None], [a.cos() for a in outputs])
+        results.append({str(n): a.detach().numpy() for n, a in enumerate((*outputs, *gradients))})
+    assert_close(*results)
+
+
+def test_a_wrong_result_is_seen():
+    case = Case(3, 5, 7, 9)
+    inputs = make_inputs("lstm", case, torch.float32)
+    reference, yardstick = reference_results("lstm", case, inputs, np.float64), torch_results("lstm", case, inputs)
+    *_, (_, results) = kernel_results(cuda, "lstm", case, inputs, "cuda")
+    results["dw_hh"] = results["dw_hh"] + 1e-3
+    assert not judge(results, yardstick, reference, "float32").ok
+
+
+def test_what_must_not_reach_a_kernel():
+    x, w_ih, w_hh = torch.randn(3, 2, 5), torch.randn(12, 5), torch.randn(12, 4)
+    with pytest.raises(ValueError, match="w_ih and w_hh must have 9 rows, got 12 and 12"):
+        cuda.recurrent_forward("gru", x, None, None, (w_ih, w_hh[:, :3].contiguous(), None, None))
+    with pytest.raises(TypeError, match="w_hh must have dtype float32, got float64"):
+        cuda.recurrent_forward("gru", x, None, None, (w_ih, w_hh.double(), None, None))
+    sizes = torch.tensor([1, 2, 2])
+    with pytest.raises(ValueError, match="batch_sizes must not increase"):
+        cuda.recurrent_forward("gru", x, None, None, (w_ih, w_hh, None, None), batch_sizes=sizes)
+    forward = ("gru", x, None, None, (w_ih, w_hh, None, None))
+    y, *_, saved = cuda.recurrent_forward(*forward, save=True)
+    options = {"dy": y, "dh_n": None, "dc_n": None, "dc_all": None, "needs": (True,) * 7}
+    with pytest.raises(ValueError, match="saved must have shape"):
+        cuda.recurrent_backward(*forward, y, torch.cat((saved, saved)), "cuda", **options)
+
+
+# ---- off, unless it is asked for
+
+
+def test_off_by_default(monkeypatch):
+    for value in (None, "", "off", "auto"):
+        monkeypatch.delenv("FASTSEQ_CUDA", raising=False)
+        if value is not None:
+            monkeypatch.setenv("FASTSEQ_CUDA", value)
+        assert "off by default" in cuda.why_off()
+    monkeypatch.setenv("FASTSEQ_CUDA", "yes")
+    with pytest.raises(ValueError, match="FASTSEQ_CUDA must be on, off or auto, got 'yes'"):
+        cuda.why_off()
+
+
+def test_why_it_is_off_though_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTSEQ_CUDA", "on")
+    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "libfastseq_cuda.so")
+    assert "not built" in cuda.why_off()
+    (tmp_path / "libfastseq_cuda.so").touch()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda.why_off() == "torch sees no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cuda.why_off() == ""
+    with pytest.raises(OSError, match="libfastseq_cuda"), cuda.use_emulation(tmp_path / "libfastseq_cuda.so"):
+        pass

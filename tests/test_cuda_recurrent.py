@@ -2,6 +2,8 @@
 has: streams, devices, graphs, TF32. Where there is none, tests/test_cuda_on_host.py is what can be shown.
 """
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,7 @@ if cuda.why_off():
 
 DEVICE = "cuda"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+OPTIONS = ({}, {"bias": False}, {"lengths": True}, {"packed": True}, {"reset": True}, {"lengths": True, "reset": True})
 MODULES = ("RNN", "LSTM", "GRU")
 pytestmark = pytest.mark.filterwarnings("ignore:fastseq's CUDA kernels:RuntimeWarning")
 
@@ -43,18 +46,17 @@ def exact_products():
         yield
 
 
-class tf32:
+@contextmanager
+def tf32(on):
     """TF32 in torch's products and in cuDNN, on or off inside the block."""
-
-    def __init__(self, on):
-        self.on = on
-
-    def __enter__(self):
-        self.before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.on
-
-    def __exit__(self, *_):
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.before
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = on
+    try:
+        # torch.testing's internals, which are imported above, allow cuDNN's flags to be set in this way only.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=on):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def check(cell, case, dtype, seed=0):
@@ -73,6 +75,16 @@ def check(cell, case, dtype, seed=0):
 def test_every_case(cell, dtype, exact_products):
     for seed, case in enumerate(cases(dtype)):
         check(cell, case, dtype, seed)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_odd_sizes(cell, dtype, options, exact_products):
+    """Also what bench/cuda_check.sh runs under compute-sanitizer."""
+    for T, B, I, H in ((1, 1, 1, 1), (5, 7, 1, 65), (3, 33, 7, 33)):  # noqa: E741
+        for reverse in (False, True):
+            check(cell, Case(T, B, I, H, reverse=reverse, **options), dtype)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -227,6 +227,9 @@ def recurrent_forward(
     batch = _batch(x, h_0, c_0, batch_sizes, order, packed)
     rows = _Rows(x, batch_sizes, order, packed)
     keep = _Saved(cell, hidden_size, rows.count, x)
+    if w_hh.shape[0] != w_ih.shape[0] or w_ih.shape[0] != keep.layout.gates * hidden_size:
+        wanted = keep.layout.gates * hidden_size
+        raise ValueError(f"w_ih and w_hh must have {wanted} rows, got {w_ih.shape[0]} and {w_hh.shape[0]}")
     _multiply(rows.read(x), keep.to_slots(w_ih).t(), keep.of_input())
     padded = batch_sizes is not None and not packed
     new_sequence = x.new_zeros if padded else x.new_empty

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fastseq.info import load_kernels
+from fastseq.info import load_cuda_kernels, load_kernels
 from fastseq.reference.error_rule import EPS, Verdict, error_rule
 from fastseq.verify import attention, layer_norm, linear, recurrent
 from fastseq.verify.tensors import Comparison
@@ -81,7 +81,9 @@ def verify(
     isas: Sequence[str],
     case_done: Callable[[], None] = lambda: None,
 ) -> list[Row]:
-    """Run every case of every combination with the kernels of `native`, a module like `fastseq.backends.native`."""
+    """Run every case of every combination with the kernels of `native`, a module like `fastseq.backends.native` or, for
+    the recurrent ops and the one ISA "cuda", `fastseq.backends.cuda`.
+    """
     rows = {key: Row(*key) for key in product(ops, isas, dtypes)}
     for op, dtype in product(ops, dtypes):
         for seed, case in enumerate(FAMILIES[op].cases(dtype)):
@@ -105,17 +107,26 @@ def run(
     native, reason = load_kernels()
     if native is None:
         raise NothingToVerify(f"the kernels are not built: {reason}")
-    available = native.isas()
+    cuda, _ = load_cuda_kernels()
+    available = (*native.isas(), *(() if cuda is None else cuda.isas()))
     if missing := [isa for isa in isas or () if isa not in available]:
         raise NothingToVerify(f"{', '.join(missing)}: not available here, only {', '.join(available)}")
     ops, dtypes, isas = ops or tuple(FAMILIES), dtypes or tuple(DTYPES), isas or available
+    runs = [(native, ops, [isa for isa in isas if isa != "cuda"])]
+    if "cuda" in isas:
+        runs.append((cuda, [op for op in ops if op in recurrent.CELLS], ["cuda"]))
+    runs = [(backend, names, sets) for backend, names, sets in runs if names and sets]
 
     console = Console(highlight=False)
     columns = TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
-        total = sum(1 for op, dtype in product(ops, dtypes) for _ in FAMILIES[op].cases(dtype))
+        total = sum(
+            1 for _, names, _ in runs for op, dtype in product(names, dtypes) for _ in FAMILIES[op].cases(dtype)
+        )
         task = progress.add_task("", total=total)
-        rows = verify(native, ops, dtypes, isas, lambda: progress.advance(task))
+        rows = []
+        for backend, names, sets in runs:
+            rows += verify(backend, names, dtypes, sets, lambda: progress.advance(task))
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("op", "ISA", "dtype"):

@@ -334,7 +334,9 @@ def compare(
 ) -> Iterator[Comparison]:
     """What is to be compared: every kernel of every instruction set."""
     inputs = make_inputs(cell, case, dtype, seed)
-    reference, torch_ = reference_results(cell, case, inputs, exact_dtype(dtype)), torch_results(cell, case, inputs)
+    reference = reference_results(cell, case, inputs, exact_dtype(dtype))
+    inputs = inputs.to("cuda") if "cuda" in isas else inputs
+    torch_ = torch_results(cell, case, inputs)
     for isa in isas:
         for kernel, results in kernel_results(backend, cell, case, inputs, isa):
             yield Comparison(isa, kernel, results, torch_, reference)
