@@ -50,7 +50,14 @@ __global__ void __launch_bounds__(ForwardTile::kThreads)
   const int64_t b = int64_t(blockIdx.x) * ForwardTile::kRows + threadIdx.x / ForwardTile::kUnits;
   const int64_t u = int64_t(blockIdx.y) * ForwardTile::kUnits + threadIdx.x % ForwardTile::kUnits;
 
-  T x[Cell::kTerms] = {}, r[Cell::kTerms] = {};
+  T x[Cell::kTerms] = {}, r[Cell::kTerms] = {};  // sums begin with their bias
+  if (p.b_ih && u < H) {
+#pragma unroll
+    for (int i = 0; i < Cell::kTerms; ++i) {
+      x[i] = load((const S*)p.b_ih + Cell::input_gate(i) * H + u);
+      r[i] = load((const S*)p.b_hh + Cell::recurrent_gate(i) * H + u);
+    }
+  }
   const auto hidden = [&](int64_t row, int64_t k) {
     const S h = layer.hidden_before(row, k);
     return load(&h);
@@ -70,12 +77,8 @@ __global__ void __launch_bounds__(ForwardTile::kThreads)
   ForwardStep<Cell, Lane<T>> s;
 #pragma unroll
   for (int i = 0; i < Cell::kTerms; ++i) {
-    s.x[i] = p.x.data ? x[i] : slots[(Cell::kInputSlot + i) * H];
+    s.x[i] = p.x.data ? x[i] : x[i] + slots[(Cell::kInputSlot + i) * H];
     s.r[i] = r[i];
-    if (p.b_ih) {
-      s.x[i] = s.x[i] + load((const S*)p.b_ih + Cell::input_gate(i) * H + u);
-      s.r[i] = s.r[i] + load((const S*)p.b_hh + Cell::recurrent_gate(i) * H + u);
-    }
   }
   s.carry = L::kHasCarry ? layer.carry_before(total_rows, b, u) : T(0);
   Cell::forward(s);
