@@ -1,6 +1,6 @@
 """RNN, LSTM and GRU on a GPU: torch's modules (cuDNN), and ours beside them where they are switched on.
 
-    FASTSEQ_CUDA=on python bench/bench_cuda_recurrent.py --output cuda.json
+    FASTSEQ_CUDA=on PYTHONPATH=tests python bench/bench_cuda_recurrent.py --output cuda.json
 
 Times are medians in milliseconds of the whole call, input projection included, measured with CUDA events, turn by
 turn. As many inputs as units, one layer. Packed: lengths from T / 2 to T. Ours is first held against torch in float64;

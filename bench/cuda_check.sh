@@ -2,7 +2,7 @@
 # All that is left to do for the CUDA kernels on a machine with a GPU: install, verify, test, sanitize, time. From the
 # root of the tree; needs python3 with torch and pytest, and either a wheel or what `pip install .` needs.
 #
-#   bench/cuda_check.sh [WHEEL]      STEPS="install test sanitize bench" chooses some of the steps
+#   bench/cuda_check.sh [WHEEL]      STEPS="install test" chooses some of: install verify test sanitize bench
 #
 # Every step leaves a log in $OUT, or in build/cuda_check without it. Exit code 1 if a step failed.
 set -u
@@ -34,7 +34,7 @@ sanitize() {
       "$PYTHON" -P -m pytest -q -p no:cacheprovider tests/test_cuda_recurrent.py -k 'test_odd_sizes' || return 1
   done
 }
-bench() { "$PYTHON" -P bench/bench_cuda_recurrent.py --seconds 0.1 --output "$LOGS/bench.json"; }
+bench() { PYTHONPATH="$PYTHONPATH:bench:tests" "$PYTHON" -P bench/bench_cuda_recurrent.py --seconds 0.1 --output "$LOGS/bench.json"; }
 
 failed=''
 for step in $STEPS; do
