@@ -50,13 +50,21 @@ class _Masks(NamedTuple):
 
 
 _NO_MASKS = _Masks(None, None)
+_WHOLE = ("in_proj_weight", "in_proj_bias")
+_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    """getattr, which nn.Module answers only after a search elsewhere. What is parametrized is no parameter."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
 
 
 class Call(NamedTuple):
     """What serves a call of MultiheadAttention, and its parameters."""
 
     backend: ModuleType | None  # None: torch ops
-    in_weights: tuple[Tensor, ...]  # one for queries, keys and values, or three
+    in_weights: list[Tensor]  # one for queries, keys and values, or three
     in_bias: Tensor | None
     out_weight: Tensor
     out_bias: Tensor | None
@@ -209,10 +217,10 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
         masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
         if masks and not all(isinstance(m, Tensor) and m.dtype in (torch.bool, query.dtype) for m in masks):
             return None
-        # Each parameter once: nn.Module looks for its attributes in three dictionaries.
-        weights = (self.in_proj_weight,) if self._qkv_same_embed_dim else self._separate_weights()
-        in_bias, out_proj, bias_k, bias_v = self.in_proj_bias, self.out_proj, self.bias_k, self.bias_v
-        out_weight, out_bias = out_proj.weight, out_proj.bias
+        names = _WHOLE if self._qkv_same_embed_dim else _SEPARATE
+        *weights, in_bias = (_parameter(self, name) for name in names)
+        out_proj, bias_k, bias_v = self.out_proj, self.bias_k, self.bias_v
+        out_weight, out_bias = _parameter(out_proj, "weight"), _parameter(out_proj, "bias")
         inputs = (query,) if query is key is value else (query, key, value)
         tensors = (*inputs, *weights, in_bias, out_weight, out_bias, bias_k, bias_v)
         _, backend = support.route(tensors)
@@ -225,9 +233,6 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
         if (is_causal and attn_mask is None) or not self._fits(query, key, value, key_padding_mask, attn_mask):
             return None
         return Call(backend, weights, in_bias, out_weight, out_bias, bias_k, bias_v)
-
-    def _separate_weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
 
     def _fits(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
