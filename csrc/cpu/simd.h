@@ -160,8 +160,15 @@ typedef uint16_t HalfWordsUnaligned __attribute__((vector_size(kVectorBytes / 2)
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 
 FASTSEQ_INLINE Vec<float> load(const BFloat16* p) {
-  const HalfWords half = *(const HalfWordsUnaligned*)p;
-  return (Vec<float>::Raw)(__builtin_convertvector(half, Words) << 16);
+  // GCC 12 takes __builtin_convertvector apart into halves.
+#if defined(__AVX512F__)
+  const Words words = (Words)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  const Words words = (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+  const Words words = __builtin_convertvector(*(const HalfWordsUnaligned*)p, Words);
+#endif
+  return (Vec<float>::Raw)(words << 16);
 }
 // Round to nearest even; a NaN stays a (quiet) NaN.
 FASTSEQ_INLINE Words round_to_bfloat16(Vec<float> v) {
@@ -358,7 +365,7 @@ FASTSEQ_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   if constexpr (kLanes<T> > 8) detail::exchange_rows<8>(rows);
 }
 
-// sums[i] = the sum of the lanes of rows[i]; kRows is a power of two.
+// sums[i] = the sum of the lanes of rows[i]; kRows is a power of two. The order of a sum is the same for any kRows.
 template <int kRows, class T>
 FASTSEQ_INLINE void sum_lanes(Vec<T> (&rows)[kRows], T* sums) {
   constexpr int lanes = kLanes<T>, block = kRows < lanes ? kRows : lanes;
@@ -380,10 +387,10 @@ FASTSEQ_INLINE void sum_lanes(Vec<T> (&rows)[kRows], T* sums) {
       if constexpr (decltype(bit)::value < lanes && decltype(bit)::value >= block)
         row[0] = row[0] + detail::swap_blocks<decltype(bit)::value>(row[0], std::make_integer_sequence<int, lanes>());
     };
-    fold(std::integral_constant<int, 8>());
-    fold(std::integral_constant<int, 4>());
-    fold(std::integral_constant<int, 2>());
     fold(std::integral_constant<int, 1>());
+    fold(std::integral_constant<int, 2>());
+    fold(std::integral_constant<int, 4>());
+    fold(std::integral_constant<int, 8>());
     store_first(sums + first, row[0], block);
   }
 }
