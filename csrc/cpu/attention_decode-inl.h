@@ -12,7 +12,8 @@ struct AttentionDecode {
   using T = Compute<S>;
   using V = Vec<T>;
 
-  static constexpr int64_t kPart = 64;         // keys that are scored before their values are added
+  static constexpr int64_t kPart = 512;        // keys that are scored before their values are added
+  static constexpr int64_t kUnit = 64;         // keys; parts and chunks start at multiples of it
   static constexpr int64_t kLeastChunk = 256;  // keys
   static constexpr int64_t kItems = 64;        // chunks of all heads together, where there are keys enough
   static constexpr int64_t kRow = kPart + V::kLanes;
@@ -31,7 +32,7 @@ struct AttentionDecode {
         q_row(Tile<T>::ceil(p.head_dim)),
         padded_value_dim(ceil_div(p.value_dim, V::kLanes) * V::kLanes) {
     const int64_t wanted = max(1, min(ceil_div(kItems, heads), p.keys / kLeastChunk));
-    chunk_keys = max(kPart, ceil_div(ceil_div(p.keys, wanted), kPart) * kPart);
+    chunk_keys = max(kUnit, ceil_div(ceil_div(p.keys, wanted), kUnit) * kUnit);
     chunks = max(1, ceil_div(p.keys, chunk_keys));
     part_elements = Part::elements(*this);
     scratch_elements = Scratch::elements(*this);
@@ -106,7 +107,7 @@ struct AttentionDecode {
     part.softmax.start(rows);
     fill(part.out, rows * padded_value_dim, T(0));
     const Range seen = extent.window(p).keys_of(0, extent.queries);
-    const int64_t begin = max(chunk * chunk_keys, seen.begin / kPart * kPart);
+    const int64_t begin = max(chunk * chunk_keys, seen.begin / kUnit * kUnit);
     const int64_t end = min((chunk + 1) * chunk_keys, seen.end);
     for (int64_t r = 0; r < rows; ++r)
       copy_rows(row_of<const S>(p.q, b, head_of(head, r, extent), extent.q_start + r % extent.queries), 0, 1,
