@@ -23,7 +23,6 @@ ROUNDS = range(3, 500)
 # A round that takes longer is the only one: oneDNN's LSTM in bfloat16 takes minutes where the processor has no
 # instructions for it.
 SLOW_SECONDS = 10.0
-MEMORY_SHAPE = (8 if SMALL else 8192, 8192)  # 256 MiB of float32
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -54,7 +53,8 @@ def race(benchmark, threads):
     """Times ours and its peers turn by turn in one process, with the FMA peak of a core in every round.
 
     Machines are shared: a ratio is the median of the ratios within the rounds, and a share of peak is of what a core
-    gave in the same round; with bytes_read, those from memory, so is a share of bandwidth. Who begins alternates.
+    gave in the same round; with bytes_read, those from memory, so is a share of bandwidth: of the rate at which the
+    threads read other memory of the same size, as the caches keep the same part of it. Who begins alternates.
     pytest-benchmark records our times, all else is in extra_info. Returns the median ratio of every peer.
     """
 
@@ -77,14 +77,14 @@ def race(benchmark, threads):
             settle = max(once.values()) < SETTLED_SECONDS
             wanted = int(SECONDS / (PEAK_SECONDS + (number + settle) * sum(once.values())))
             rounds = 1 if SMALL or slow else min(max(wanted, ROUNDS.start), ROUNDS.stop)
-            memory = torch.ones(MEMORY_SHAPE) if bytes_read else None
+            memory = torch.ones(bytes_read, dtype=torch.uint8) if bytes_read else None
 
             peaks, bandwidths, times = [], [], {name: [] for name in calls}
             order = list(calls)
             for _ in range(rounds):
                 peaks.append(threads * native.fma_peak(dtype, PEAK_SECONDS))
                 if memory is not None:
-                    bandwidths.append(read_bandwidth(memory))
+                    bandwidths.append(native.read_rate(memory, PEAK_SECONDS))
                 for name in order:
                     if settle:
                         calls[name]()
@@ -116,14 +116,6 @@ def race(benchmark, threads):
         return {name: statistics.median(ratios[name]) for name in peers}
 
     return run
-
-
-def read_bandwidth(memory: torch.Tensor) -> float:
-    """Bytes per second at which torch's threads read memory: a matrix far larger than any cache, times a vector.
-
-    The fastest of torch's ways to read on a Zen 3 processor, with 1 thread and with 4: 21 GB/s, where sum reached 17.
-    """
-    return memory.nbytes / seconds(lambda: torch.mv(memory, memory[0]))
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:

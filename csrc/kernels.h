@@ -196,7 +196,9 @@ struct Kernels {
   const LayerNormKernels* layer_norm;              // kDtypes entries; null on CUDA
   const LinearKernels* linear;                     // kDtypes entries; null on CUDA
   double (*fma_peak)(int dtype, double seconds);   // measured flops per second of one core at full FMA rate; CPU only
-  const char* (*error)();                          // CUDA only: what this thread's last kCudaError was
+  // Measured bytes per second at which a team reads a buffer, over and over. CPU only.
+  double (*read_rate)(const void* data, int64_t bytes, int threads, double seconds);
+  const char* (*error)();  // CUDA only: what this thread's last kCudaError was
 };
 
 // The table of an ISA, or null when this machine (or this build) lacks it.

@@ -167,6 +167,7 @@ cdef extern from "kernels.h" namespace "fastseq" nogil:
         const LayerNormKernels* layer_norm
         const LinearKernels* linear
         double (*fma_peak)(int, double) noexcept nogil
+        double (*read_rate)(const void*, int64_t, int, double) noexcept nogil
         const char* (*error)() noexcept nogil
     const char* kCudaSymbol
     ctypedef const Kernels* (*CudaKernels)(int64_t) noexcept nogil

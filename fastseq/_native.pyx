@@ -56,18 +56,32 @@ def fma_peak(dtype, double seconds):
     return flops
 
 
+def read_rate(tensor, double seconds, int threads):
+    """Measured rate at which a team reads a contiguous tensor, in bytes per second."""
+    cdef View view
+    cdef int64_t bytes = read_bytes(tensor, &view)
+    cdef double rate
+    with nogil:
+        rate = active.read_rate(view.data, bytes, threads, seconds)
+    return rate
+
+
 def checksum(tensor, int threads):
     """Two integers that depend on every byte of a contiguous tensor and on its place."""
     cdef View view
     cdef Checksum result
-    cdef int64_t bytes
-    read(tensor, "tensor", &view)
-    if view.dtype < 0:
-        raise TypeError(f"tensor must have one of the dtypes {', '.join(DTYPES)}, got {tensor.dtype}")
-    bytes = check_contiguous(&view, "tensor") * ITEM_SIZE[view.dtype]
+    cdef int64_t bytes = read_bytes(tensor, &view)
     with nogil:
         result = kernels_checksum(view.data, bytes, threads)
     return result.sum, result.weighted
+
+
+# The size of a contiguous tensor.
+cdef int64_t read_bytes(tensor, View* view) except -1:
+    read(tensor, "tensor", view)
+    if view.dtype < 0:
+        raise TypeError(f"tensor must have one of the dtypes {', '.join(DTYPES)}, got {tensor.dtype}")
+    return check_contiguous(view, "tensor") * ITEM_SIZE[view.dtype]
 
 
 cdef const Kernels* table_of(name) except NULL:

@@ -103,6 +103,22 @@ def test_fma_peak(dtype):
         native.fma_peak(torch.int64)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", [0, 15, 16, 1_000_003])
+def test_read_rate(size, threads):
+    for isa in native.isas():
+        with native.use_isa(isa):
+            rate = _native.read_rate(torch.ones(size), 0.01, threads)
+        assert rate == 0 if size < 16 else 1e3 < rate < 1e13  # whole cache lines are read
+
+
+def test_read_rate_refuses():
+    with pytest.raises(ValueError, match="contiguous"):
+        native.read_rate(torch.ones(4, 4).t())
+    with pytest.raises(TypeError, match="dtypes"):
+        native.read_rate(torch.ones(4, dtype=torch.complex64))
+
+
 # ---- the backends
 
 

@@ -25,6 +25,7 @@ extern const Kernels kTable = {FASTSEQ_STRINGIFY(FASTSEQ_ISA),
                                kLayerNormKernels,
                                kLinearKernels,
                                fma_peak,
+                               read_rate,
                                nullptr};
 
 }  // namespace fastseq::FASTSEQ_ISA

@@ -17,7 +17,7 @@ const RecurrentKernels* recurrent_kernels(int cell) {
 
 const char* error() { return cudaGetErrorString(last_error); }
 
-const Kernels kTable = {"cuda", 0, recurrent_kernels, nullptr, nullptr, nullptr, nullptr, error};
+const Kernels kTable = {"cuda", 0, recurrent_kernels, nullptr, nullptr, nullptr, nullptr, nullptr, error};
 
 }  // namespace
 

@@ -34,6 +34,7 @@ __all__ = [
     "linear_forward",
     "pack",
     "pack_linear",
+    "read_rate",
     "recurrent_backward",
     "recurrent_forward",
     "recurrent_step",
@@ -92,6 +93,15 @@ def use_isa(name: str) -> Iterator[None]:
 def fma_peak(dtype: torch.dtype = torch.float32, seconds: float = 0.05) -> float:
     """Flops per second that one core reaches with the active instruction set when it does nothing else."""
     return _native.fma_peak(str(dtype).removeprefix("torch."), seconds)
+
+
+def read_rate(tensor: Tensor, seconds: float = 0.05) -> float:
+    """Bytes per second at which torch.get_num_threads() threads read a contiguous tensor, over and over.
+
+    That of a tensor much larger than the caches is the bandwidth of memory. What a kernel reads is to be compared with
+    a tensor of the same size, as the caches keep the same share of it.
+    """
+    return _native.read_rate(tensor, seconds, torch.get_num_threads())
 
 
 def checksum(tensor: Tensor) -> tuple[int, int]:
