@@ -30,7 +30,7 @@ FASTSEQ_INLINE void dot_rows(const Compute<S>* a, int64_t a_row, int64_t depth, 
   using V = Vec<Compute<S>>;
   V acc[MR][kKeys];
   FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) FASTSEQ_UNROLL for (int i = 0; i < kKeys; ++i) acc[m][i] = V(0);
-  const auto add = [&](int64_t c, const auto& load_lanes) {
+  const auto add = [&](int64_t c, const auto& load_lanes) __attribute__((always_inline)) {
     V row[MR];
     FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) row[m] = load_lanes(a + m * a_row + c);
     FASTSEQ_UNROLL for (int i = 0; i < kKeys; ++i) {
@@ -58,7 +58,7 @@ FASTSEQ_INLINE void add_rows(const Compute<S>* weights, int64_t weight_row, cons
   V weight[MR][kKeys];
   FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) FASTSEQ_UNROLL for (int i = 0; i < kKeys; ++i) weight[m][i] =
       V(weights[m * weight_row + i * step]);
-  const auto add = [&](int64_t c, const auto& load_lanes) {
+  const auto add = [&](int64_t c, const auto& load_lanes) __attribute__((always_inline)) {
     V sum[MR], other[MR];
     FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) sum[m] = load(out + m * out_row + c);
     FASTSEQ_UNROLL for (int i = 0; i < kKeys; ++i) {
