@@ -129,7 +129,7 @@ def plain(tensor: Tensor, dtype: torch.dtype, cuda: bool = False) -> bool:
 def composes(tensors: Iterable[Tensor | None]) -> bool:
     """True where torch ops of ours may stand for one of torch's functions: no subclass or mode is there to see that
     function called, and the tensors fit together."""
-    if not kernels_selected() or (not is_compiling() and function_modes() and _foreign_function_modes()):
+    if not kernels_selected(False) or (not is_compiling() and function_modes() and _foreign_function_modes()):
         return False
     given = [t for t in tensors if t is not None]
     first = given[0]
