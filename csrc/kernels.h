@@ -126,13 +126,15 @@ struct AttentionParams {
 
   double dropout_p;  // in [0, 1): draws are those of math/philox.h
   uint64_t seed;
-  int threads;  // at most this many
+  int threads;    // at most this many; CPU only
+  Device device;  // CUDA only; masks, lengths and starts are in its memory, too
 
   Heads q, k, v, out;
   // (B, N, L), log of the sum of exp(s); null: not wanted, backward needs it. In double: exp(s - lse) errs by as much
   // as lse does, and a float of 500 errs by 250 times what a probability should.
   double* lse;
   int64_t lse_strides[3];
+  void* parts;  // CUDA only, forward: `parts_bytes` of work space
 
   // backward only
   Heads dout, dq, dk, dv;  // null: not wanted
@@ -140,11 +142,14 @@ struct AttentionParams {
   int64_t dlse_strides[3];
   void* dbias;  // the gradient of bias, float32 or float64; null: not wanted
   int64_t dbias_strides[4];
+  void* delta;  // CUDA only: work space like lse
+  int64_t delta_strides[3];
 };
 
 struct AttentionKernels {
   Status (*forward)(const AttentionParams&);
   Status (*backward)(const AttentionParams&);
+  int64_t (*parts_bytes)(const AttentionParams&);  // reads B N Nk L S E; null on the CPU
 };
 
 // Layer normalization of the rows of z = x + residual: y = (z - mean) / sqrt(variance + eps) * weight + bias.
@@ -192,7 +197,7 @@ struct Kernels {
   const char* isa;  // "baseline", "avx2", "avx512", "avx512_bf16"; "cuda"
   int vector_bytes;
   const RecurrentKernels* (*recurrent)(int cell);  // kDtypes entries; CUDA: kCudaDtypes
-  const AttentionKernels* attention;               // kDtypes entries; null on CUDA
+  const AttentionKernels* attention;               // kDtypes entries; CUDA: kCudaDtypes
   const LayerNormKernels* layer_norm;              // kDtypes entries; null on CUDA
   const LinearKernels* linear;                     // kDtypes entries; null on CUDA
   double (*fma_peak)(int dtype, double seconds);   // measured flops per second of one core at full FMA rate; CPU only
@@ -207,8 +212,9 @@ const Kernels* find_kernels(const char* isa);
 const Kernels* default_kernels();
 
 // The CUDA kernels are a library of their own, which is opened at run time; this is what it exports. `params_bytes` is
-// sizeof(RecurrentParams) there, null for a library that was built from another kernels.h.
+// kParamsBytes there, null for a library that was built from another kernels.h.
 constexpr char kCudaSymbol[] = "fastseq_cuda_kernels";
+constexpr int64_t kParamsBytes = sizeof(RecurrentParams) + sizeof(AttentionParams);
 using CudaKernels = const Kernels* (*)(int64_t params_bytes);
 
 // Two 64-bit words that depend on every byte of a buffer and on its place. Finds a changed weight, not an adversary.

@@ -40,18 +40,13 @@ struct Scores {
         sequence(uint32_t(b * p.heads + n)),
         key_0(uint32_t(p.seed)),
         key_1(uint32_t(p.seed >> 32)),
-        threshold(threshold_of(p.dropout_p)),
+        threshold(dropout_threshold(p.dropout_p)),
         kept(T(1 / (1 - p.dropout_p))) {
     if (allowed) allowed += b * p.allowed_strides[0] + n * p.allowed_strides[1];
     if (bias) bias += b * p.bias_strides[0] + n * p.bias_strides[1];
   }
 
   bool drops() const { return threshold > 0; }
-
-  static uint32_t threshold_of(double p) {
-    const double scaled = p * 4294967296.0 + 0.5;
-    return scaled >= 4294967295.0 ? 0xffffffffu : uint32_t(scaled);
-  }
 
   // Products of query i with the keys first, first + 1, ... become scores in place; -inf for keys it may not see.
   // `columns` is a multiple of the lanes. d score / d product goes to `derivative`, where that is not null and a

@@ -53,6 +53,12 @@ struct Lane {
   friend __host__ __device__ Lane relu(Lane x) { return x.raw < T(0) ? T(0) : x.raw; }
   // 0 where the result y is <= 0, else dy (also where y is NaN, as torch).
   friend __host__ __device__ Lane relu_backward(Lane y, Lane dy) { return y.raw <= T(0) ? T(0) : dy.raw; }
+  friend __host__ __device__ Lane abs(Lane x) { return ::fabs(x.raw); }
+  // b where a is NaN.
+  friend __host__ __device__ Lane max(Lane a, Lane b) { return a.raw > b.raw ? a.raw : b.raw; }
+  friend __host__ __device__ Lane exp_vanishing(Lane x) { return ::exp(x.raw); }
+  friend __host__ __device__ bool operator==(Lane a, Lane b) { return a.raw == b.raw; }
+  friend __host__ __device__ Lane select(bool condition, Lane a, Lane b) { return condition ? a.raw : b.raw; }
 };
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

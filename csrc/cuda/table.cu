@@ -5,6 +5,7 @@ namespace fastseq::cuda {
 
 extern const RecurrentKernels kRnnTanhKernels[kCudaDtypes], kRnnReluKernels[kCudaDtypes], kLstmKernels[kCudaDtypes],
     kGruKernels[kCudaDtypes];
+extern const AttentionKernels kAttentionKernels[kCudaDtypes];
 
 namespace {
 
@@ -17,7 +18,7 @@ const RecurrentKernels* recurrent_kernels(int cell) {
 
 const char* error() { return cudaGetErrorString(last_error); }
 
-const Kernels kTable = {"cuda", 0, recurrent_kernels, nullptr, nullptr, nullptr, nullptr, nullptr, error};
+const Kernels kTable = {"cuda", 0, recurrent_kernels, kAttentionKernels, nullptr, nullptr, nullptr, nullptr, error};
 
 }  // namespace
 
@@ -30,5 +31,5 @@ Status status_of(cudaError_t error) {
 }  // namespace fastseq::cuda
 
 extern "C" __attribute__((visibility("default"))) const fastseq::Kernels* fastseq_cuda_kernels(int64_t params_bytes) {
-  return params_bytes == sizeof(fastseq::RecurrentParams) ? &fastseq::cuda::kTable : nullptr;
+  return params_bytes == fastseq::kParamsBytes ? &fastseq::cuda::kTable : nullptr;
 }

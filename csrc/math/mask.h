@@ -48,6 +48,10 @@ struct Window {
         queries(queries),
         keys(keys) {}
 
+  FASTSEQ_CELL bool sees(int64_t i, int64_t j) const {
+    const int64_t ahead = j - i - shift;
+    return -left <= ahead && ahead <= right;
+  }
   // The keys that one or more of the queries [first, first + count) may see.
   FASTSEQ_CELL Range keys_of(int64_t first, int64_t count) const {
     return {clamp(first + shift - left, 0, keys), clamp(first + count + shift + right, 0, keys)};

@@ -27,4 +27,10 @@ FASTSEQ_CELL void philox(W (&x)[4], uint32_t key_0, uint32_t key_1) {
   }
 }
 
+// Draws below this are dropped by a dropout of probability p, in [0, 1).
+FASTSEQ_CELL uint32_t dropout_threshold(double p) {
+  const double scaled = p * 4294967296.0 + 0.5;
+  return scaled >= 4294967295.0 ? 0xffffffffu : uint32_t(scaled);
+}
+
 }  // namespace fastseq

@@ -1,0 +1,77 @@
+// Where the rows of an attention call lie, and which of them a thread block holds.
+#pragma once
+
+#include "../math/mask.h"
+#include "common.cuh"
+
+namespace fastseq::cuda {
+
+// One batch row: its number of queries and keys, and the rows of its tensors where they start.
+struct Extent {
+  int64_t queries, keys, q_start, k_start;
+
+  __device__ Extent(const AttentionParams& p, int64_t b)
+      : queries(p.q_lengths ? p.q_lengths[b] : p.queries),
+        keys(p.k_lengths ? p.k_lengths[b] : p.keys),
+        q_start(p.q_starts ? p.q_starts[b] : 0),
+        k_start(p.k_starts ? p.k_starts[b] : 0) {}
+
+  __device__ Window window(const AttentionParams& p) const {
+    return Window(p.left, p.right, p.lower_right ? keys - queries : 0, queries, keys);
+  }
+};
+
+template <class S>
+__device__ S* row_of(const Heads& heads, int64_t b, int64_t n, int64_t row) {
+  return (S*)heads.data + b * heads.batch_stride + n * heads.head_stride + row * heads.row_stride;
+}
+
+// Element (b, n, row) of lse and what is laid out like it.
+template <class T, class P>
+__device__ T* element_of(P* data, const int64_t* strides, int64_t b, int64_t n, int64_t row) {
+  return (T*)data + b * strides[0] + n * strides[1] + row * strides[2];
+}
+
+__host__ __device__ inline int64_t group_of(const AttentionParams& p) { return p.heads / p.kv_heads; }
+
+// A query of the rows that share a head of keys: the L queries of its first query head, then those of the second, and
+// so on. So the heads of a group are together in a thread block, and keys are read once for all of them.
+struct Row {
+  int64_t n, i;
+  bool exists, active;  // there is such a row; and it is no padding
+
+  Row() = default;
+  __device__ Row(const AttentionParams& p, const Extent& extent, int64_t kv_head, int64_t r)
+      : n(kv_head * group_of(p) + r / p.queries),
+        i(r % p.queries),
+        exists(r < group_of(p) * p.queries),
+        active(exists && i < extent.queries) {}
+};
+
+// The keys that one or more of the rows [first, end) of a group may see, or a few more of them.
+__device__ inline Range keys_of_rows(const AttentionParams& p, const Window& window, int64_t first, int64_t end) {
+  const int64_t i = first % p.queries, count = min(end - first, window.queries - i);
+  if (i + end - first > p.queries) return window.queries > 0 ? window.keys_of(0, window.queries) : Range{0, 0};
+  return count > 0 ? window.keys_of(i, count) : Range{0, 0};
+}
+
+// What a block of the grid works on, where each head of keys is given `count` blocks.
+struct Block {
+  int64_t b, kv_head, index;
+
+  __device__ Block(const AttentionParams& p, int64_t count)
+      : b(blockIdx.x / count / p.kv_heads),
+        kv_head(blockIdx.x / count % p.kv_heads),
+        index(count - 1 - blockIdx.x % count) {}  // with a causal mask, the last rows see the most keys: they start first
+};
+
+// As `launch`, for any number of blocks.
+template <class... Params, class... Args>
+cudaError_t launch_blocks(const Device& device, void (*kernel)(Params...), int64_t x, int64_t y, int threads,
+                          const Args&... args) {
+  if (x == 0 || y == 0) return cudaSuccess;
+  if (x > 0x7fffffff || y > 0xffff) return cudaErrorInvalidConfiguration;
+  return launch(device, kernel, dim3(unsigned(x), unsigned(y)), threads, args...);
+}
+
+}  // namespace fastseq::cuda
