@@ -122,6 +122,7 @@ cdef extern from "kernels.h" namespace "fastseq" nogil:
         double dropout_p
         uint64_t seed
         int threads
+        Device device
         Heads q, k, v, out, dout, dq, dk, dv
         double* lse
         int64_t[3] lse_strides
@@ -129,9 +130,13 @@ cdef extern from "kernels.h" namespace "fastseq" nogil:
         int64_t[3] dlse_strides
         void* dbias
         int64_t[4] dbias_strides
+        void* parts
+        void* delta
+        int64_t[3] delta_strides
     struct AttentionKernels:
         Status (*forward)(const AttentionParams&) noexcept nogil
         Status (*backward)(const AttentionParams&) noexcept nogil
+        int64_t (*parts_bytes)(const AttentionParams&) noexcept nogil
     struct LayerNormParams:
         int64_t steps, batch, features
         double eps
@@ -170,6 +175,7 @@ cdef extern from "kernels.h" namespace "fastseq" nogil:
         double (*read_rate)(const void*, int64_t, int, double) noexcept nogil
         const char* (*error)() noexcept nogil
     const char* kCudaSymbol
+    int64_t kParamsBytes
     ctypedef const Kernels* (*CudaKernels)(int64_t) noexcept nogil
     struct Checksum:
         uint64_t sum

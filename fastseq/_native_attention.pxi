@@ -3,6 +3,8 @@
 # A call: the params, and what its tensors are checked against beside them.
 cdef struct AttentionProblem:
     AttentionParams params
+    Place place
+    int dtypes  # how many of the table there are kernels for
     int dtype
     int compute_dtype
     int64_t q_rows, k_rows  # of a head: L and S, or the total of a packed batch
@@ -19,6 +21,7 @@ def attention_forward(
     cdef AttentionParams* p = &problem.params
     cdef Status status
     lse = None
+    start_attention(&problem, &CPU, kDtypes)
     read_attention(
         &problem, q, k, v, scale, bias, allowed, softcap, left, right, lower_right, q_lengths, k_lengths, q_starts,
         k_starts, max_q, max_k, alibi_slopes, dropout_p, seed, threads
@@ -50,6 +53,7 @@ def attention_backward(
     cdef Status status
     dbias = None
     needs_q, needs_k, needs_v, needs_bias = needs
+    start_attention(&problem, &CPU, kDtypes)
     read_attention(
         &problem, q, k, v, scale, bias, allowed, softcap, left, right, lower_right, q_lengths, k_lengths, q_starts,
         k_starts, max_q, max_k, alibi_slopes, dropout_p, seed, threads
@@ -78,19 +82,24 @@ def attention_backward(
     return dq, dk, dv, dbias
 
 
+cdef void start_attention(AttentionProblem* problem, const Place* place, int dtypes) noexcept:
+    memset(problem, 0, sizeof(AttentionProblem))
+    problem.place, problem.dtypes = place[0], dtypes
+
+
+# What forward and backward share. Lengths and starts are read on the CPU.
 cdef int read_attention(
     AttentionProblem* problem, q, k, v, double scale, bias, allowed, double softcap, left, right, bint lower_right,
     q_lengths, k_lengths, q_starts, k_starts, max_q, max_k, alibi_slopes, double dropout_p, uint64_t seed, int threads
 ) except -1:
     cdef AttentionParams* p = &problem.params
     cdef View query, key, value
-    memset(problem, 0, sizeof(AttentionProblem))
-    read(q, "q", &query)
-    check_float(&query, "q", 4)
-    read(k, "k", &key)
-    check_float(&key, "k", 4)
-    read(v, "v", &value)
-    check_float(&value, "v", 4)
+    read_at(&problem.place, q, "q", &query)
+    check_float(&query, "q", 4, problem.dtypes)
+    read_at(&problem.place, k, "k", &key)
+    check_float(&key, "k", 4, problem.dtypes)
+    read_at(&problem.place, v, "v", &value)
+    check_float(&value, "v", 4, problem.dtypes)
     problem.dtype = query.dtype
     problem.compute_dtype = kFloat64 if query.dtype == kFloat64 else kFloat32
     problem.q_packed, problem.k_packed = q_starts is not None, k_starts is not None
@@ -117,7 +126,7 @@ cdef int read_attention(
     p.k_starts = read_starts(k_starts, "k_starts", p.k_lengths, p.batch, problem.k_rows, &problem.k_gaps)
     p.bias = read_mask(p.bias_strides, bias, "bias", problem, problem.dtype)
     p.allowed = <const uint8_t*>read_mask(p.allowed_strides, allowed, "allowed", problem, BOOL)
-    read_slopes(p, alibi_slopes)
+    read_slopes(problem, alibi_slopes)
     p.left = side(left, "left")
     p.right = side(right, "right")
     p.lower_right = lower_right
@@ -230,7 +239,7 @@ cdef int read_heads(
     bint packed, bint written
 ) except -1:
     cdef View view
-    read(required(tensor, name), name, &view)
+    read_at(&problem.place, required(tensor, name), name, &view)
     check_heads(&view, name, problem, heads, rows, columns, packed)
     if written:
         check_distinct(&view, name)
@@ -286,7 +295,7 @@ cdef void* read_rows(int64_t* strides, tensor, str name, const AttentionProblem*
     cdef View view
     if tensor is None:
         return NULL
-    read(tensor, name, &view)
+    read_at(&problem.place, tensor, name, &view)
     shape = rows_shape(problem)
     check(&view, name, kFloat64, shape[0], shape[1], shape[2])
     strides[0] = 0 if problem.q_packed else view.stride[0]
@@ -302,7 +311,7 @@ cdef const void* read_mask(
     cdef int axis
     if tensor is None:
         return NULL
-    read(tensor, name, &view)
+    read_at(&problem.place, tensor, name, &view)
     if view.dtype != dtype:
         raise TypeError(f"{name} must have dtype {DTYPES[dtype]}, got {dtype_name(&view)}")
     if (
@@ -320,11 +329,12 @@ cdef const void* read_mask(
     return view.data
 
 
-cdef int read_slopes(AttentionParams* p, tensor) except -1:
+cdef int read_slopes(AttentionProblem* problem, tensor) except -1:
+    cdef AttentionParams* p = &problem.params
     cdef View view
     if tensor is None:
         return 0
-    read(tensor, "alibi_slopes", &view)
+    read_at(&problem.place, tensor, "alibi_slopes", &view)
     check(&view, "alibi_slopes", kFloat32, p.batch, p.heads, -1)
     p.alibi_slopes = <const float*>view.data
     p.alibi_batch_stride, p.alibi_head_stride = view.stride[0], view.stride[1]
@@ -333,6 +343,12 @@ cdef int read_slopes(AttentionParams* p, tensor) except -1:
 
 # The gradient of the bias, in the shape that it had before it was expanded.
 cdef object empty_bias(AttentionProblem* problem, shape):
+    set_bias_strides(problem, shape)
+    return empty(&problem.params.dbias, problem.compute_dtype, tuple(shape))
+
+
+# Returns the number of elements.
+cdef int64_t set_bias_strides(AttentionProblem* problem, shape) except -1:
     cdef AttentionParams* p = &problem.params
     cdef int64_t count = 1
     cdef int axis
@@ -343,4 +359,4 @@ cdef object empty_bias(AttentionProblem* problem, shape):
     for axis in range(3, -1, -1):
         p.dbias_strides[axis] = 0 if shape[axis] != full[axis] else count
         count *= shape[axis]
-    return empty(&p.dbias, problem.compute_dtype, shape)
+    return count

@@ -16,7 +16,7 @@ cdef class CudaLibrary:
         cdef void* symbol = NULL if library == NULL else dlsym(library, kCudaSymbol)
         if symbol == NULL:
             raise OSError((<bytes>dlerror()).decode())
-        self.table = (<CudaKernels>symbol)(sizeof(RecurrentParams))
+        self.table = (<CudaKernels>symbol)(kParamsBytes)
         if self.table == NULL:
             raise ImportError(f"{path} is of another build than this package")
         self.memory = kDLCPU if emulated else kDLCUDA
@@ -76,6 +76,105 @@ cdef class CudaLibrary:
         with nogil:
             status = kernels.backward(p[0])
         self.check_status(status)
+
+    def attention_forward(
+        self, q, k, v, double scale, bias, allowed, double softcap, left, right, bint lower_right, q_lengths, k_lengths,
+        q_starts, k_starts, placed, max_q, max_k, alibi_slopes, double dropout_p, uint64_t seed, out, lse, new_parts,
+        uintptr_t stream
+    ):
+        """Fills out and lse. `placed` are the lengths and starts on the device; `new_parts(count)` makes work space."""
+        cdef AttentionProblem problem
+        cdef AttentionParams* p = &problem.params
+        cdef const AttentionKernels* kernels
+        cdef Status status
+        cdef int64_t bytes
+        self.start_attention(&problem, q, stream)
+        read_attention(
+            &problem, q, k, v, scale, bias, allowed, softcap, left, right, lower_right, q_lengths, k_lengths, q_starts,
+            k_starts, max_q, max_k, alibi_slopes, dropout_p, seed, 1
+        )
+        self.place_lengths(&problem, placed)
+        read_heads(&p.out, out, "out", &problem, p.heads, problem.q_rows, p.value_dim, problem.q_packed, True)
+        p.lse = read_rows(p.lse_strides, lse, "lse", &problem)
+        kernels = self.table.attention + problem.dtype
+        bytes = kernels.parts_bytes(p[0])
+        if bytes:
+            elements = bytes // ITEM_SIZE[problem.compute_dtype]
+            parts = new_parts(elements)
+            p.parts = <void*>read_weight(&problem.place, parts, "parts", problem.compute_dtype, elements, -1)
+        with nogil:
+            status = kernels.forward(p[0])
+        self.check_status(status)
+
+    def attention_backward(
+        self, q, k, v, lse, dout, dlse, dq, dk, dv, dbias, delta, double scale, bias, allowed, double softcap,
+        left, right, bint lower_right, q_lengths, k_lengths, q_starts, k_starts, placed, max_q, max_k, alibi_slopes,
+        double dropout_p, uint64_t seed, uintptr_t stream
+    ):
+        """Fills dq, dk, dv and dbias, None for those not wanted; `delta` is work space like lse."""
+        cdef AttentionProblem problem
+        cdef AttentionParams* p = &problem.params
+        cdef Status status
+        self.start_attention(&problem, q, stream)
+        read_attention(
+            &problem, q, k, v, scale, bias, allowed, softcap, left, right, lower_right, q_lengths, k_lengths, q_starts,
+            k_starts, max_q, max_k, alibi_slopes, dropout_p, seed, 1
+        )
+        self.place_lengths(&problem, placed)
+        read_heads(&p.dout, dout, "dout", &problem, p.heads, problem.q_rows, p.value_dim, problem.q_packed, False)
+        p.lse = read_rows(p.lse_strides, required(lse, "lse"), "lse", &problem)
+        p.dlse = read_rows(p.dlse_strides, dlse, "dlse", &problem)
+        p.delta = read_rows(p.delta_strides, required(delta, "delta"), "delta", &problem)
+        if dq is not None:
+            read_heads(&p.dq, dq, "dq", &problem, p.heads, problem.q_rows, p.head_dim, problem.q_packed, True)
+        if dk is not None:
+            read_heads(&p.dk, dk, "dk", &problem, p.kv_heads, problem.k_rows, p.head_dim, problem.k_packed, True)
+        if dv is not None:
+            read_heads(&p.dv, dv, "dv", &problem, p.kv_heads, problem.k_rows, p.value_dim, problem.k_packed, True)
+        if dbias is not None:
+            self.read_bias_gradient(&problem, dbias)
+        with nogil:
+            status = self.table.attention[problem.dtype].backward(p[0])
+        self.check_status(status)
+
+    cdef int start_attention(self, AttentionProblem* problem, q, uintptr_t stream) except -1:
+        cdef View view
+        cdef Place place
+        read_anywhere(q, "q", &view)
+        place.type, place.index = self.memory, view.place.index
+        start_attention(problem, &place, kCudaDtypes)
+        problem.params.device.index, problem.params.device.stream = view.place.index, <void*>stream
+        return 0
+
+    # Lengths and starts are checked where the CPU can read them; here come their copies on the device.
+    cdef int place_lengths(self, AttentionProblem* problem, placed) except -1:
+        cdef AttentionParams* p = &problem.params
+        q_lengths, k_lengths, q_starts, k_starts = placed
+        p.q_lengths = self.place_numbers(problem, q_lengths, "q_lengths", p.q_lengths)
+        p.k_lengths = self.place_numbers(problem, k_lengths, "k_lengths", p.k_lengths)
+        p.q_starts = self.place_numbers(problem, q_starts, "q_starts", p.q_starts)
+        p.k_starts = self.place_numbers(problem, k_starts, "k_starts", p.k_starts)
+        return 0
+
+    cdef const int64_t* place_numbers(
+        self, AttentionProblem* problem, tensor, str name, const int64_t* checked
+    ) except? NULL:
+        if checked == NULL:
+            return NULL
+        name = f"placed {name}"
+        return <const int64_t*>read_weight(
+            &problem.place, required(tensor, name), name, INT64, problem.params.batch, -1
+        )
+
+    cdef int read_bias_gradient(self, AttentionProblem* problem, dbias) except -1:
+        cdef View view
+        set_bias_strides(problem, dbias.shape)
+        read_at(&problem.place, dbias, "dbias", &view)
+        if view.dtype != problem.compute_dtype:
+            raise TypeError(f"dbias must have dtype {DTYPES[problem.compute_dtype]}, got {dtype_name(&view)}")
+        check_contiguous(&view, "dbias")
+        problem.params.dbias = view.data
+        return 0
 
     cdef int start(self, Problem* problem, cell, x, uintptr_t stream) except -1:
         cdef View view

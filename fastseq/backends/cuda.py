@@ -1,9 +1,12 @@
-"""The CUDA kernels, with the recurrent functions of `fastseq.backends.native` on tensors of a GPU.
+"""The CUDA kernels, with the recurrent and the attention functions of `fastseq.backends.native` on tensors of a GPU.
 
-The kernels run the loop over the steps, one launch each: the product of the state with w_hh, and the cell. The products
+Of recurrent layers, the kernels run the loop over the steps, one launch each: the product of the state with w_hh, and the cell. The products
 that span all steps (x with w_ih before it; dx, dw_ih, dw_hh after it) are torch's, and follow its flags for TF32. The
 products inside the loop are in full float32, or float64. Everything is queued on torch's current stream and nothing
-waits for it, but for `order`, which is copied to the GPU; so all other calls can be captured in a CUDA graph.
+waits for it; calls can be captured in a CUDA graph, but for those with `order`, lengths or starts, which are copied to
+the GPU.
+
+Attention computes in full float32, or float64, whatever torch's flags say.
 
 They have not run on a GPU yet. `FASTSEQ_CUDA=on` in the environment switches them on.
 """
@@ -14,6 +17,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +30,8 @@ __all__ = [
     "DTYPES",
     "LIBRARY",
     "active_isa",
+    "attention_backward",
+    "attention_forward",
     "isas",
     "open_library",
     "recurrent_backward",
@@ -350,3 +356,102 @@ def _batch(
         if tensor is not None:
             return tensor.shape[0]
     return int(batch_sizes[0])
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    allowed: Tensor | None = None,
+    softcap: float = 0.0,
+    left: int | None = None,
+    right: int | None = None,
+    lower_right: bool = False,
+    q_lengths: Tensor | None = None,
+    k_lengths: Tensor | None = None,
+    q_starts: Tensor | None = None,
+    k_starts: Tensor | None = None,
+    max_q: int | None = None,
+    max_k: int | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """As `native.attention_forward`: (out, lse). Lengths and starts are on the CPU."""
+    computes = compute_dtype(q.dtype)
+    gaps = _gaps(q_lengths, q_starts, q)
+    if out is None:
+        out = _empty_heads(q, v.shape[-1], gaps)
+    lse = (q.new_zeros if gaps else q.new_empty)(q.shape[:3], dtype=computes) if return_lse else None
+    _library.attention_forward(
+        q, k, v, scale, bias, allowed, softcap, left, right, lower_right, q_lengths, k_lengths, q_starts, k_starts,
+        _placed(q, q_lengths, k_lengths, q_starts, k_starts), max_q, max_k, alibi_slopes, dropout_p, seed % 2**64, out,
+        lse, partial(q.new_empty, dtype=computes), _stream(q.device),
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    *,
+    dlse: Tensor | None = None,
+    needs: Sequence[bool],
+    bias_shape: Sequence[int] | None = None,
+    scale: float,
+    bias: Tensor | None = None,
+    allowed: Tensor | None = None,
+    softcap: float = 0.0,
+    left: int | None = None,
+    right: int | None = None,
+    lower_right: bool = False,
+    q_lengths: Tensor | None = None,
+    k_lengths: Tensor | None = None,
+    q_starts: Tensor | None = None,
+    k_starts: Tensor | None = None,
+    max_q: int | None = None,
+    max_k: int | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+) -> tuple[Tensor | None, ...]:
+    """As `native.attention_backward`: (dq, dk, dv, dbias), None where `needs` says so. `out` is not read."""
+    needs_q, needs_k, needs_v, needs_bias = needs
+    q_gaps, k_gaps = _gaps(q_lengths, q_starts, q), _gaps(k_lengths, k_starts, k)
+    dq = _empty_heads(q, q.shape[-1], q_gaps) if needs_q else None
+    dk = _empty_heads(k, k.shape[-1], k_gaps) if needs_k else None
+    dv = _empty_heads(v, v.shape[-1], k_gaps) if needs_v else None
+    dbias = None
+    if needs_bias and bias is not None:
+        dbias = q.new_empty(bias.shape if bias_shape is None else bias_shape, dtype=lse.dtype)
+    _library.attention_backward(
+        q, k, v, lse, dout, dlse, dq, dk, dv, dbias, torch.empty_like(lse), scale, bias, allowed, softcap, left, right,
+        lower_right, q_lengths, k_lengths, q_starts, k_starts, _placed(q, q_lengths, k_lengths, q_starts, k_starts),
+        max_q, max_k, alibi_slopes, dropout_p, seed % 2**64, _stream(q.device),
+    )  # fmt: skip
+    return dq, dk, dv, dbias if dbias is None else dbias.to(q.dtype)
+
+
+def _empty_heads(like: Tensor, size: int, zeros: bool) -> Tensor:
+    """A tensor like `like` but for its last size, its axes in the same order in memory."""
+    order = sorted(range(3), key=like.stride, reverse=True)
+    tensor = (like.new_zeros if zeros else like.new_empty)(*(like.shape[axis] for axis in order), size)
+    return tensor.permute(order.index(0), order.index(1), order.index(2), 3)
+
+
+def _gaps(lengths: Tensor | None, starts: Tensor | None, rows: Tensor) -> bool:
+    """True where a packed batch has rows that belong to no sequence."""
+    return starts is not None and lengths is not None and int(lengths.sum()) < rows.shape[2]
+
+
+def _placed(q: Tensor, *numbers: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if n is None else _to_device(n, q.device) for n in numbers)

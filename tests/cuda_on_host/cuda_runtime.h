@@ -17,6 +17,7 @@
 #define __host__
 #define __device__
 #define __global__
+#define __grid_constant__
 #define __launch_bounds__(...)
 // One copy for all threads of a block, as blocks never run at the same time; its contents outlive the block.
 #define __shared__ static
@@ -95,7 +96,7 @@ inline void __syncthreads() {
 
 using cudaError_t = int;
 using cudaStream_t = void*;
-constexpr cudaError_t cudaSuccess = 0;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidConfiguration = 9;
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
