@@ -63,7 +63,7 @@ def _parameter(module: nn.Module, name: str) -> Tensor | None:
 class Call(NamedTuple):
     """What serves a call of MultiheadAttention, and its parameters."""
 
-    backend: ModuleType | None  # None: torch ops
+    backend: ModuleType | None  # of projections and of self-attention in one; None: torch ops around the attention
     in_weights: list[Tensor]  # one for queries, keys and values, or three
     in_bias: Tensor | None
     out_weight: Tensor
@@ -155,7 +155,8 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
         batched = query.dim() == 3
         batch_first = self.batch_first or not batched
         if (
-            batched
+            call.backend is not None
+            and batched
             and not need_weights
             and self._is_plain(query is key is value, attn_mask, key_padding_mask, is_causal)
         ):
@@ -223,15 +224,17 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
         out_weight, out_bias = _parameter(out_proj, "weight"), _parameter(out_proj, "bias")
         inputs = (query,) if query is key is value else (query, key, value)
         tensors = (*inputs, *weights, in_bias, out_weight, out_bias, bias_k, bias_v)
-        _, backend = support.route(tensors)
+        _, backend = support.route(tensors, cuda=True)
         if backend is None:
             # Without masks there is no row that torch's forward gives another result for.
             if not masks or not support.composes((*tensors, *masks)):
                 return None
-        elif not all(support.plain(mask, mask.dtype) for mask in masks):
+        elif not all(support.plain(m, m.dtype, m.is_cuda) and m.device == query.device for m in masks):
             return None
         if (is_causal and attn_mask is None) or not self._fits(query, key, value, key_padding_mask, attn_mask):
             return None
+        if not hasattr(backend, "pack_linear"):
+            backend = None  # a GPU's: its kernels serve the attention alone, which finds them by itself
         return Call(backend, weights, in_bias, out_weight, out_bias, bias_k, bias_v)
 
     def _fits(

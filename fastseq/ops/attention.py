@@ -9,7 +9,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastseq import backends
 from fastseq.ops import support
 from fastseq.ops.attention_call import (
     Attention,
@@ -160,10 +159,10 @@ def _plain(
     """
     if support.observed() or not isinstance(is_causal, bool):
         return None
-    backend = backends.select()
-    if backend is None:
-        return None
     try:
+        backend = support.backend_of(query)
+        if backend is None:
+            return None
         _, heads, _, depth = query.shape
         if key.shape[1] != heads and not enable_gqa:
             return None
@@ -184,11 +183,13 @@ def _route(query: object, key: object, value: object, mask: object) -> tuple[Rou
     if not (mask is None or isinstance(mask, Tensor)):
         return Route.TORCH, None
     if mask is None:
-        return support.route(tensors)
+        return support.route(tensors, cuda=True)
     if mask.dtype is not torch.bool:
-        return support.route((*tensors, mask))
-    route, backend = support.route(tensors)
-    return (Route.TORCH, None) if route is Route.KERNELS and not support.plain(mask, torch.bool) else (route, backend)
+        return support.route((*tensors, mask), cuda=True)
+    route, backend = support.route(tensors, cuda=True)
+    if route is Route.KERNELS and not (support.plain(mask, torch.bool, query.is_cuda) and mask.device == query.device):
+        return Route.TORCH, None
+    return route, backend
 
 
 def _alike(query: object, key: object, value: object, mask: object) -> bool:

@@ -155,7 +155,7 @@ def kernels_differentiate(grads: Iterable[Tensor | None]) -> bool:
 
 
 def backend_of(tensor: Tensor) -> ModuleType | None:
-    """The backend with recurrent kernels for the device of a tensor, None where there is none."""
+    """The backend with kernels for the device of a tensor, None where there is none."""
     return backends.select() if tensor.is_cpu else backends.select_cuda() if tensor.is_cuda else None
 
 

@@ -126,19 +126,24 @@ class Inputs:
     alibi_slopes: Tensor | None  # (B, N), up to 0.5 as in the paper
     scale: float
 
+    def to(self, device: str) -> Inputs:
+        """The same on another device; lengths stay on the CPU."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("lengths")}
+        return replace(self, **{name: a.to(device) for name, a in moved.items() if isinstance(a, Tensor)})
+
     @property
     def real(self) -> Tensor:
         """(B, 1, L, 1), False where a query is padding."""
-        return _within(self.lengths_q, self.q.shape[2])
+        return _within(self.lengths_q, self.q)
 
     @property
     def real_key(self) -> Tensor:
         """(B, 1, S, 1), False where a key is padding."""
-        return _within(self.lengths_k, self.k.shape[2])
+        return _within(self.lengths_k, self.k)
 
 
-def _within(lengths: Tensor, size: int) -> Tensor:
-    return (torch.arange(size) < lengths[:, None])[:, None, :, None]
+def _within(lengths: Tensor, rows: Tensor) -> Tensor:
+    return (torch.arange(rows.shape[2]) < lengths[:, None])[:, None, :, None].to(rows.device)
 
 
 def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
@@ -211,7 +216,7 @@ def reference_results(case: Case, inputs: Inputs, dtype: type) -> dict[str, np.n
 
 
 def torch_results(case: Case, inputs: Inputs) -> dict[str, np.ndarray]:
-    """The same by torch: its own function where that can, else the formula, in float32 for bfloat16."""
+    """The same by torch: its own function where that can, else the formula, in float32 for the halves."""
     leaves = {"q": inputs.q, "k": inputs.k, "v": inputs.v} | ({} if inputs.bias is None else {"bias": inputs.bias})
     leaves = {name: a.clone().requires_grad_() for name, a in leaves.items()}
     own = not (case.softcap or case.alibi or case.dropout_p or case.lse)
@@ -227,10 +232,7 @@ def torch_results(case: Case, inputs: Inputs) -> dict[str, np.ndarray]:
 
 def _allowed(case: Case, inputs: Inputs) -> Tensor:
     """(B, N, L, S): which keys a query may see."""
-    place = torch.arange(case.queries)[:, None]
-    if case.lower_right:
-        place = place + (inputs.lengths_k - inputs.lengths_q)[:, None, None, None]
-    ahead = torch.arange(case.keys) - place
+    ahead = _ahead(case, inputs)
     left, right = case.left_right
     allowed = inputs.real & inputs.real_key.mT
     if left is not None:
@@ -240,6 +242,14 @@ def _allowed(case: Case, inputs: Inputs) -> Tensor:
     if inputs.allowed is not None:
         allowed = allowed & inputs.allowed
     return allowed.expand(case.batch, case.heads, case.queries, case.keys)
+
+
+def _ahead(case: Case, inputs: Inputs) -> Tensor:
+    """How far each key is ahead of the place of a query."""
+    place = torch.arange(case.queries)[:, None]
+    if case.lower_right:
+        place = place + (inputs.lengths_k - inputs.lengths_q)[:, None, None, None]
+    return (torch.arange(case.keys) - place).to(inputs.q.device)
 
 
 def _torch_function(case: Case, inputs: Inputs, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None):
@@ -259,23 +269,21 @@ def _torch_function(case: Case, inputs: Inputs, q: Tensor, k: Tensor, v: Tensor,
 
 def _torch_formula(case: Case, inputs: Inputs, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None):
     dtype = q.dtype
-    q, k, v = (a.float() if dtype == torch.bfloat16 else a for a in (q, k, v))
+    q, k, v = (a.float() if dtype.itemsize == 2 else a for a in (q, k, v))
     k, v = (a.repeat_interleave(case.heads // case.kv_heads, 1) for a in (k, v))
     s = inputs.scale * (q @ k.mT)
     if case.softcap:
         s = case.softcap * torch.tanh(s / case.softcap)
     s = s if bias is None else s + bias
     if inputs.alibi_slopes is not None:
-        place = torch.arange(case.queries)[:, None]
-        shift = (inputs.lengths_k - inputs.lengths_q)[:, None, None, None] if case.lower_right else 0
-        distance = (place + shift - torch.arange(case.keys)).abs()
-        s = s - inputs.alibi_slopes[..., None, None].to(s.dtype) * distance
+        s = s - inputs.alibi_slopes[..., None, None].to(s.dtype) * _ahead(case, inputs).abs()
     s = s.masked_fill(~_allowed(case, inputs), -math.inf)
     sees = s.amax(-1, keepdim=True) > -math.inf
     s = torch.where(sees, s, 0.0)  # where a query sees no key neither softmax nor its gradient is NaN
     p = s.softmax(-1) * sees
     if case.dropout_p:
-        p = p * torch.from_numpy(dropout_kept(p.shape, case.dropout_p, SEED)) / (1 - case.dropout_p)
+        kept = torch.from_numpy(dropout_kept(p.shape, case.dropout_p, SEED)).to(p.device)
+        p = p * kept / (1 - case.dropout_p)
     return (p @ v).to(dtype), s.logsumexp(-1).masked_fill(~sees[..., 0], -math.inf)
 
 
@@ -338,7 +346,7 @@ def _laid_out(a: Tensor, lengths: Tensor, case: Case) -> Tensor:
     if case.packed:
         a = torch.cat([row[:, :length] for row, length in zip(a, lengths, strict=True)], dim=1)[None]
     else:
-        a = torch.where(_within(lengths, a.shape[2]), a, NAN)
+        a = torch.where(_within(lengths, a), a, NAN)
     return a.transpose(1, 2).contiguous().transpose(1, 2) if case.heads_inside else a
 
 
@@ -354,7 +362,7 @@ def _padded(a: Tensor, lengths: Tensor) -> Tensor:
 
 def _lse_results(lse: np.ndarray, inputs: Inputs) -> dict[str, np.ndarray]:
     """The rows of lse that are no padding, and apart from them where it is -inf."""
-    lse = lse[np.broadcast_to(inputs.real[..., 0].numpy(), lse.shape)]
+    lse = lse[np.broadcast_to(inputs.real[..., 0].cpu().numpy(), lse.shape)]
     none = lse == -np.inf
     return {"lse": np.where(none, 0, lse), "sees no key": none.astype(lse.dtype)}
 
@@ -366,7 +374,9 @@ def _sum_to(a: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 def compare(native, case: Case, dtype: torch.dtype, isas: Sequence[str], seed: int = 0) -> Iterator[Comparison]:
     """What is to be compared: every kernel of every instruction set."""
     inputs = make_inputs(case, dtype, seed)
-    reference, torch_ = reference_results(case, inputs, exact_dtype(dtype)), torch_results(case, inputs)
+    reference = reference_results(case, inputs, exact_dtype(dtype))
+    inputs = inputs.to("cuda") if "cuda" in isas else inputs
+    torch_ = torch_results(case, inputs)
     for isa in isas:
         for kernel, results in kernel_results(native, case, inputs, isa):
             yield Comparison(isa, kernel, results, torch_, reference)
