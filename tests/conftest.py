@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,19 @@ def route(request):
 
 
 @pytest.fixture(scope="session")
-def build_check(tmp_path_factory):
+def compiler():
+    """The C++ compiler."""
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed")
+    return name
+
+
+@pytest.fixture(scope="session")
+def build_check(compiler, tmp_path_factory):
     """Builds tests/<name>.cpp together with the team of threads; gives the program's path."""
-    compiler = os.environ.get("CXX") or shutil.which("g++")
 
     def build(name):
-        if not compiler:
-            pytest.skip("there is no C++ compiler")
         program = tmp_path_factory.mktemp("check") / name
         sources = f"tests/{name}.cpp", "csrc/cpu/threads.cpp"
         command = [compiler, "-std=gnu++17", "-O2", "-fopenmp", "-Icsrc", *sources, "-o", program]
@@ -39,3 +46,21 @@ def build_check(tmp_path_factory):
         return program
 
     return build
+
+
+@pytest.fixture(scope="session")
+def cuda_on_host(compiler, tmp_path_factory):
+    """The path of the sources of csrc/cuda as a library for the CPU: see cuda_on_host/cuda_runtime.h."""
+    folder = tmp_path_factory.mktemp("cuda_on_host")
+    options = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas", "-Itests/cuda_on_host"]
+
+    def compiled(source):
+        made = folder / f"{source.stem}.o"
+        subprocess.run([compiler, *options, "-x", "c++", "-c", source, "-o", made], cwd=ROOT, check=True)
+        return made
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(compiled, (ROOT / "csrc/cuda").glob("*.cu")))
+    library = folder / "libfastseq_cuda.so"
+    subprocess.run([compiler, "-shared", *objects, "-o", library], check=True)
+    return library

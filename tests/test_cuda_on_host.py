@@ -1,12 +1,7 @@
-"""The sources of csrc/cuda, compiled by g++ with the headers in cuda_on_host/ and run on the CPU, by the comparison of
-`fastseq verify`. What this cannot show is whatever only a GPU has: its exp and tanh, the code of its compiler, races
-between blocks, streams, speed.
+"""The recurrent kernels of csrc/cuda, compiled by g++ with the headers in cuda_on_host/ and run on the CPU, by the
+comparison of `fastseq verify`. What this cannot show is whatever only a GPU has: its exp and tanh, the code of its
+compiler, races between blocks, streams, speed.
 """
-
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +20,6 @@ if backends.select() is None:
 
 from fastseq.backends import cuda
 
-ROOT = Path(__file__).parent.parent
 SHAPES = ((1, 1, 1, 1), (1, 7, 5, 33), (7, 1, 65, 7), (5, 7, 1, 65), (3, 33, 7, 33), (2, 65, 33, 1))
 OPTIONS = (
     {},
@@ -37,24 +31,9 @@ OPTIONS = (
 )
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    """The path of the emulation."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        pytest.skip(f"{compiler} is not installed")
-    path = tmp_path_factory.mktemp("cuda_on_host") / "libfastseq_cuda.so"
-    options = ["-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-unknown-pragmas"]
-    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-    subprocess.run(
-        [compiler, *options, f"-I{ROOT / 'tests/cuda_on_host'}", "-x", "c++", *sources, "-o", path], check=True
-    )
-    return path
-
-
 @pytest.fixture(autouse=True)
-def emulation(library):
-    with cuda.use_emulation(library):
+def emulation(cuda_on_host):
+    with cuda.use_emulation(cuda_on_host):
         yield
 
 

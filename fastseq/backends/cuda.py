@@ -1,12 +1,11 @@
 """The CUDA kernels, with the recurrent and the attention functions of `fastseq.backends.native` on tensors of a GPU.
 
-Of recurrent layers, the kernels run the loop over the steps, one launch each: the product of the state with w_hh, and the cell. The products
-that span all steps (x with w_ih before it; dx, dw_ih, dw_hh after it) are torch's, and follow its flags for TF32. The
-products inside the loop are in full float32, or float64. Everything is queued on torch's current stream and nothing
-waits for it; calls can be captured in a CUDA graph, but for those with `order`, lengths or starts, which are copied to
-the GPU.
+Of recurrent layers the kernels run the loop over the steps, one launch each: the product of the state with w_hh, and
+the cell. The products that span all steps (x with w_ih before it; dx, dw_ih, dw_hh after it) are torch's, and follow
+its flags for TF32. The products inside the loop, and those of attention, are in full float32, or float64.
 
-Attention computes in full float32, or float64, whatever torch's flags say.
+Everything is queued on torch's current stream and nothing waits for it. Calls can be captured in a CUDA graph, but for
+those with `order`, lengths or starts: these are on the CPU and are copied to the GPU.
 
 They have not run on a GPU yet. `FASTSEQ_CUDA=on` in the environment switches them on.
 """
@@ -383,6 +382,7 @@ def attention_forward(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `native.attention_forward`: (out, lse). Lengths and starts are on the CPU."""
+    _check_heads(q, k, v)
     computes = compute_dtype(q.dtype)
     gaps = _gaps(q_lengths, q_starts, q)
     if out is None:
@@ -425,20 +425,32 @@ def attention_backward(
     seed: int = 0,
 ) -> tuple[Tensor | None, ...]:
     """As `native.attention_backward`: (dq, dk, dv, dbias), None where `needs` says so. `out` is not read."""
+    _check_heads(q, k, v)
     needs_q, needs_k, needs_v, needs_bias = needs
+    computes = compute_dtype(q.dtype)
     q_gaps, k_gaps = _gaps(q_lengths, q_starts, q), _gaps(k_lengths, k_starts, k)
     dq = _empty_heads(q, q.shape[-1], q_gaps) if needs_q else None
     dk = _empty_heads(k, k.shape[-1], k_gaps) if needs_k else None
     dv = _empty_heads(v, v.shape[-1], k_gaps) if needs_v else None
     dbias = None
     if needs_bias and bias is not None:
-        dbias = q.new_empty(bias.shape if bias_shape is None else bias_shape, dtype=lse.dtype)
+        dbias = q.new_empty(bias.shape if bias_shape is None else bias_shape, dtype=computes)
+    delta = q.new_empty(q.shape[:3], dtype=computes)
     _library.attention_backward(
-        q, k, v, lse, dout, dlse, dq, dk, dv, dbias, torch.empty_like(lse), scale, bias, allowed, softcap, left, right,
+        q, k, v, lse, dout, dlse, dq, dk, dv, dbias, delta, scale, bias, allowed, softcap, left, right,
         lower_right, q_lengths, k_lengths, q_starts, k_starts, _placed(q, q_lengths, k_lengths, q_starts, k_starts),
         max_q, max_k, alibi_slopes, dropout_p, seed % 2**64, _stream(q.device),
     )  # fmt: skip
     return dq, dk, dv, dbias if dbias is None else dbias.to(q.dtype)
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """What is asked of tensors before outputs can be made like them; the binding checks the rest."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions, got {tensor.dim()}")
 
 
 def _empty_heads(like: Tensor, size: int, zeros: bool) -> Tensor:

@@ -1,0 +1,193 @@
+"""The attention kernels of csrc/cuda, compiled by g++ and run on the CPU as in test_cuda_on_host.py: the comparison of
+`fastseq verify`, and checks of the CPU kernels' tests.
+"""
+
+from dataclasses import replace
+
+import attention_calls
+import pytest
+import test_attention_kernels as kernels
+import test_attention_native as binding
+import torch
+from attention_calls import NAMES, make, run
+
+from fastseq import backends
+from fastseq.ops import Attention
+from fastseq.ops.attention_function import attend
+from fastseq.verify import attention
+from fastseq.verify.attention import Case
+
+if backends.select() is None:
+    pytest.skip("the kernels are not built", allow_module_level=True)
+
+from fastseq.backends import cuda
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Within a tile and beyond it, one and many, groups of heads, values of another size.
+SHAPES = {
+    torch.float32: ((1, 1, 1, 1, 1, 1, 1), (2, 3, 3, 7, 33, 8, 8), (1, 2, 1, 65, 7, 33, 65), (2, 4, 2, 33, 65, 20, 12)),
+    torch.float64: ((2, 2, 1, 33, 35, 5, 7),),
+    torch.bfloat16: ((2, 2, 1, 33, 65, 5, 7),),
+    torch.float16: ((2, 2, 2, 65, 7, 7, 5),),
+}
+OPTIONS = (
+    {},
+    {"is_causal": True, "heads_inside": True},
+    {"is_causal": True, "lower_right": True, "lse": True},
+    {"bool_mask": "BLS"},
+    {"float_mask": "NLS", "heads_inside": True},
+    {"float_mask": "BS", "is_causal": True},
+    {"float_mask": "BNLS", "lengths": "k"},
+    {"window": (5, 2)},
+    {"window": (17, None), "is_causal": True, "lower_right": True, "bool_mask": "S"},
+    {"lengths": "qk", "lse": True},
+    {"lengths": "qk", "packed": True, "is_causal": True},
+    {"lengths": "qk", "packed": True, "lower_right": True, "window": (9, 1), "alibi": True, "dropout_p": 0.5},
+    {"softcap": 2.0, "logits": 4.0},
+    {"alibi": True, "is_causal": True},
+    {"dropout_p": 0.2},
+    {
+        "float_mask": "BNLS", "bool_mask": "LS", "lengths": "qk", "is_causal": True, "lower_right": True,
+        "window": (40, 0), "softcap": 3.0, "alibi": True, "dropout_p": 0.1, "lse": True,
+    },
+)  # fmt: skip
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@pytest.fixture(autouse=True)
+def on_host(cuda_on_host, monkeypatch):
+    """The emulation, also in the functions that come from the CPU kernels' tests."""
+    for module in (attention_calls, kernels, binding):
+        monkeypatch.setattr(module, "native", cuda)
+    torch.manual_seed(0)
+    with cuda.use_emulation(cuda_on_host):
+        yield
+
+
+@each_dtype
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+def test_every_option(options, dtype):
+    for shape in SHAPES[dtype]:
+        kernels.check(Case(*shape, **options), dtype)
+
+
+@each_dtype
+def test_sizes_about_a_tile(dtype):
+    for S in (15, 16, 31, 32, 33, 63, 64):
+        kernels.check(Case(1, 1, 1, S, S + 1, 3, 2), dtype)
+
+
+@pytest.mark.parametrize(("D", "E"), [(31, 33), (64, 128), (129, 63), (65, 257)])
+def test_widths(D, E):
+    """Below and above the columns that a thread block holds, and a block of columns with little to do."""
+    for dtype in (torch.float32, torch.float64):
+        kernels.check(Case(1, 1, 1, 7, 9, D, E), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("whole", kernels.AXES, ids=lambda axes: "".join(attention.AXES[a] for a in axes) or "scalar")
+def test_bias_and_its_gradient(whole, dtype):
+    sizes = (2, 2, 33, 35) if dtype == torch.float64 else (3, 4, 3, 66) if len(whole) % 2 else (2, 4, 66, 7)
+    bias = torch.randn([size if axis in whole else 1 for axis, size in enumerate(sizes)]).to(dtype)
+    B, N, L, S = sizes
+    kernels.check(Case(B, N, 2, L, S, 5, 3, float_mask="BNLS", lengths="qk", lse=True), dtype, bias=bias)
+
+
+@pytest.mark.parametrize("window", [(0, 0), (5, 3), (None, 7), (20, None), (-2, 9), (3, -3)])
+def test_window(window):
+    for L, S, lower_right in ((2, 70, True), (33, 65, False), (65, 33, True)):
+        kernels.check(Case(1, 4, 2, L, S, 4, 4, window=window, lower_right=lower_right), torch.float32)
+
+
+@each_dtype
+@pytest.mark.parametrize(("N", "L", "S"), [(1, 1, 1000), (8, 1, 515), (2, 5, 600), (1, 33, 600)])
+def test_parts_of_the_keys(N, L, S, dtype):
+    """Few rows against many keys: the results of several blocks are merged."""
+    plain = Case(2, N, 1, L, S, 5, 7)
+    options = ({}, {"float_mask": "BS", "lengths": "k", "is_causal": True, "lower_right": True}, {"dropout_p": 0.3})
+    for option in options if dtype == torch.float32 else options[1:2]:
+        kernels.check(replace(plain, **option), dtype)
+
+
+def test_lengths():
+    keys = torch.tensor([0, 70, 33, 65])
+    for queries in ([33, 0, 31, 7], [1, 0, 3, 2]):
+        plain = Case(4, 2, 1, max(queries), 70, 5, 3, lengths="qk")
+        lengths = {"lengths_q": torch.tensor(queries), "lengths_k": keys}
+        for options in ({}, {"is_causal": True, "lower_right": True, "lse": True}, {"window": (20, 4)}):
+            kernels.check(replace(plain, **options), torch.float32, **lengths)
+
+
+def test_large_scores():
+    for logits in (16.0, 60.0):
+        for dtype in DTYPES:
+            kernels.check(Case(1, 2, 1, 33, 130, 16, 16, logits=logits), dtype)
+
+
+@pytest.mark.parametrize("L", [2, 65])
+def test_rows_out_of_the_ordinary(L):
+    kernels.test_masked_rows(L, torch.float32)
+    for name in ("q", "k", "v", "bias"):
+        for value in (torch.nan, torch.inf):
+            kernels.test_not_finite(L, name, value)
+    binding.test_lse_of_padding(L)
+
+
+def test_layouts():
+    for L in (2, 65):
+        binding.test_strides(L, torch.float32)
+    binding.test_output_into_a_view()
+    binding.test_packed_batch(3, torch.float16)
+    binding.test_packed_batch(129, torch.bfloat16)
+    binding.test_rows_of_no_sequence_are_zero()
+    binding.test_only_the_gradients_that_are_needed()
+
+
+def test_what_must_not_reach_a_kernel():
+    for name in binding.BAD_ARGUMENTS:
+        if name != "q dtype":  # float16, which these kernels have
+            binding.test_bad_arguments(name)
+    for name in binding.BAD_GRADIENTS:
+        if name != "out shape":  # these kernels do not read it
+            binding.test_bad_gradients(name)
+
+
+def test_any_order_of_threads(monkeypatch):
+    """A race between two barriers that shows in the results shows as a difference."""
+    for sizes in ((1, 4, 2, 34, 66, 5, 70), (1, 4, 1, 2, 600, 5, 7)):
+        for dtype in (torch.float32, torch.float64):
+            bias_shape = 1, sizes[1], 1, sizes[4]
+            inputs, options = make(*sizes, dtype, bias_shape=bias_shape, right=0, lower_right=True, dropout_p=0.1)
+            results = []
+            for order in ("rising", "falling"):
+                monkeypatch.setenv("EMULATION_ORDER", order)
+                results.append(run(inputs, options, bias_shape))
+            for name, result in results[1].items():
+                assert torch.equal(result, results[0][name]), name
+
+
+def test_behind_autograd():
+    """The function that calls go through: its gradients are the CPU kernels', to the last bits."""
+    (q, k, v, dout, dlse), _ = make(2, 4, 2, 9, 11, 6, 5, torch.float64)
+    bias, slopes = torch.randn(4, 9, 11, dtype=torch.float64)[None], torch.rand(2, 4)
+    call = Attention(0.4, softcap=3.0, right=0, lengths_k=torch.tensor([11, 4]), alibi_slopes=slopes)
+    results = []
+    for backend in (cuda, backends.select()):
+        leaves = [t.detach().clone().requires_grad_() for t in (q, k, v, bias)]
+        out, lse = attend(call, backend, *leaves, None, want_lse=True)
+        results.append([out, lse, *torch.autograd.grad((out, lse), leaves, (dout, dlse))])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def test_a_wrong_result_is_seen(monkeypatch):
+    sound = cuda.attention_backward
+
+    def damaged(*arguments, **options):
+        gradients = sound(*arguments, **options)
+        gradients[NAMES.index("dk")][0, 0, 3, 2] += 1e-5
+        return gradients
+
+    monkeypatch.setattr(cuda, "attention_backward", damaged)
+    with pytest.raises(AssertionError, match="Verdict"):
+        kernels.check(Case(1, 1, 1, 33, 33, 5, 5, is_causal=True), torch.float32)
