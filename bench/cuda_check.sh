@@ -25,16 +25,21 @@ print(torch.__version__, torch.cuda.get_device_name(), cuda.LIBRARY)
 assert select_cuda() is cuda, cuda.why_off()'
 }
 verify() { "$PYTHON" -P -m fastseq info && "$PYTHON" -P -m fastseq verify --isa cuda; }
-run_tests() { "$PYTHON" -P -m pytest -q -p no:cacheprovider tests/test_cuda_recurrent.py; }
+run_tests() { "$PYTHON" -P -m pytest -q -p no:cacheprovider tests/test_cuda_recurrent.py tests/test_cuda_attention.py; }
 # Without torch's cache of memory every tensor is an allocation of its own, and a step beyond it is seen.
 sanitize() {
   command -v compute-sanitizer >/dev/null || { echo 'compute-sanitizer is not installed'; return 1; }
   for tool in memcheck racecheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 1 --kernel-name kns=fastseq \
-      "$PYTHON" -P -m pytest -q -p no:cacheprovider tests/test_cuda_recurrent.py -k 'test_odd_sizes' || return 1
+      "$PYTHON" -P -m pytest -q -p no:cacheprovider tests/test_cuda_recurrent.py \
+      tests/test_cuda_attention.py -k 'test_odd_sizes' || return 1
   done
 }
-bench() { PYTHONPATH="$PYTHONPATH:bench:tests" "$PYTHON" -P bench/bench_cuda_recurrent.py --seconds 0.1 --output "$LOGS/bench.json"; }
+bench() {
+  export PYTHONPATH="$PYTHONPATH:bench:tests"
+  "$PYTHON" -P bench/bench_cuda_recurrent.py --seconds 0.1 --output "$LOGS/bench_recurrent.json" &&
+    "$PYTHON" -P bench/bench_cuda_attention.py --seconds 0.1 --output "$LOGS/bench_attention.json"
+}
 
 failed=''
 for step in $STEPS; do

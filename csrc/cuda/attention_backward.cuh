@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(256) attention_dk_dv(const __grid_constant__ A
       add_product<Tile>(memory.stage, weights.at, Tile::kRows, keys, first_column, p.head_dim, q, dk);
     }
   }
-  const auto write = [&](const Heads& out, int64_t width, const T (&sums)[kChunks][kN][kN]) {
+  const auto write = [&](const Heads& out, int64_t width, const T(&sums)[kChunks][kN][kN]) {
 #pragma unroll
     for (int m = 0; m < kN; ++m) {
       const int64_t j = key + threadIdx.x / Tile::kSide * kN + m;

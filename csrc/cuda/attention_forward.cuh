@@ -16,8 +16,7 @@ struct Parts {
 
   Parts(const AttentionParams& p, int64_t rows_of_tile, int64_t keys_of_tile) {
     const int64_t blocks = p.batch * p.kv_heads * ceil_div(group_of(p) * p.queries, rows_of_tile);
-    const int64_t wanted =
-        blocks ? max(int64_t(1), min(ceil_div(kBlocks, blocks), p.keys / kLeastKeys)) : int64_t(1);
+    const int64_t wanted = blocks ? max(int64_t(1), min(ceil_div(kBlocks, blocks), p.keys / kLeastKeys)) : int64_t(1);
     keys = ceil_div(ceil_div(p.keys, wanted), keys_of_tile) * keys_of_tile;
     count = keys ? ceil_div(p.keys, keys) : 1;
   }
@@ -56,8 +55,7 @@ template <class T>
 __device__ void finish_lse(const AttentionParams& p, const Extent& extent, int64_t b, const Row& row, T largest,
                            T sum) {
   if (!p.lse || !row.exists || (p.q_starts && !row.active)) return;
-  *element_of<T>(p.lse, p.lse_strides, b, row.n, extent.q_start + row.i) =
-      sum == 0 ? kNever<T> : largest + ::log(sum);
+  *element_of<T>(p.lse, p.lse_strides, b, row.n, extent.q_start + row.i) = sum == 0 ? kNever<T> : largest + ::log(sum);
 }
 
 // The grid: blocks of rows of all heads of keys, by parts times blocks of columns.
@@ -196,9 +194,7 @@ struct AttentionForward {
   // With few rows, a tile of one row for a thread.
   static bool few_rows(const AttentionParams& p) { return group_of(p) * p.queries <= 16; }
   static Parts parts_of(const AttentionParams& p) { return Parts(p, few_rows(p) ? 16 : 16 * kM, kColumns); }
-  static int64_t parts_bytes(const AttentionParams& p) {
-    return PartialResults<T>::bytes(p, parts_of(p).count);
-  }
+  static int64_t parts_bytes(const AttentionParams& p) { return PartialResults<T>::bytes(p, parts_of(p).count); }
 
   static Status run(const AttentionParams& p) {
     const DeviceGuard guard(p.device.index);

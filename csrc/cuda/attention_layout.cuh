@@ -62,7 +62,8 @@ struct Block {
   __device__ Block(const AttentionParams& p, int64_t count)
       : b(blockIdx.x / count / p.kv_heads),
         kv_head(blockIdx.x / count % p.kv_heads),
-        index(count - 1 - blockIdx.x % count) {}  // with a causal mask, the last rows see the most keys: they start first
+        index(count - 1 - blockIdx.x % count) {
+  }  // with a causal mask, the last rows see the most keys: they start first
 };
 
 // As `launch`, for any number of blocks.

@@ -1,0 +1,326 @@
+"""The attention kernels on a GPU: the comparison of `fastseq verify` with torch's own attention on the GPU beside them,
+and what only a GPU has: streams, devices, graphs, TF32. Where there is none, test_cuda_attention_on_host.py is what can
+be shown.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_calls import make
+from test_attention import OPINFO
+from test_attention_kernels import AXES
+from test_cuda_attention_on_host import OPTIONS
+from torch.autograd import gradcheck
+
+import fastseq
+from fastseq import backends
+from fastseq.reference.error_rule import error_rule
+from fastseq.verify import attention
+from fastseq.verify.attention import Case, kernel_results, make_inputs, reference_results, torch_results
+from fastseq.verify.tensors import exact_dtype
+
+if not torch.cuda.is_available():
+    pytest.skip("torch sees no GPU", allow_module_level=True)
+if backends.select() is None:
+    pytest.skip("the kernels are not built", allow_module_level=True)
+
+from fastseq.backends import cuda
+
+if cuda.why_off():
+    pytest.skip(f"the CUDA kernels are {cuda.why_off()}", allow_module_level=True)
+
+sdpa = fastseq.scaled_dot_product_attention
+DEVICE = "cuda"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+pytestmark = pytest.mark.filterwarnings("ignore:fastseq's CUDA kernels:RuntimeWarning")
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+# What a call may ask for, none of which waits for the GPU or copies to it.
+CALLS = (
+    {"is_causal": True},
+    {"causal": "lower_right", "window": (20, None), "softcap": 3.0, "return_lse": True},
+    {"dropout_p": 0.2},
+    {"attn_mask": (1, 4, 1, 70), "enable_gqa": True},
+)
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    """Without TF32 in what torch computes, whatever ran before."""
+    assert backends.select_cuda() is cuda
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    torch.manual_seed(0)
+
+
+def check(case, dtype, seed=0, **replaced):
+    inputs = replace(make_inputs(case, dtype, seed), **replaced)
+    reference = reference_results(case, inputs, exact_dtype(dtype))
+    inputs = inputs.to(DEVICE)
+    yardstick = torch_results(case, inputs)
+    (_, inference), (_, training) = kernel_results(cuda, case, inputs, "cuda")
+    assert np.array_equal(inference["out"], training["out"]), str(case)
+    yardstick = {name: yardstick[name] for name in training}
+    verdict = error_rule(training, yardstick, reference, str(dtype).removeprefix("torch."))
+    assert verdict.ok, f"{case}: {verdict}"
+
+
+@each_dtype
+def test_every_case(dtype):
+    for seed, case in enumerate(attention.cases(str(dtype).removeprefix("torch."))):
+        check(case, dtype, seed)
+
+
+@each_dtype
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+def test_odd_sizes(options, dtype):
+    """Also what bench/cuda_check.sh runs under compute-sanitizer."""
+    for shape in ((1, 1, 1, 1, 1, 1, 1), (2, 4, 2, 33, 65, 20, 12), (1, 2, 1, 65, 7, 33, 65), (1, 8, 1, 2, 600, 5, 7)):
+        check(Case(*shape, **options), dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("D", [1, 8, 16, 40, 64, 80, 96, 128, 129, 192, 256, 300])
+def test_widths(D, dtype):
+    for S in (1, 63, 129):
+        check(Case(1, 2, 2, S, S, D, D, is_causal=True), dtype)
+    check(Case(1, 2, 1, 65, 70, D, 24), dtype)
+    check(Case(1, 2, 1, 65, 70, 24, D), dtype)
+
+
+@each_dtype
+def test_long(dtype):
+    if dtype is torch.float64:
+        pytest.skip("longdouble would take minutes; the same code serves float32")
+    for options in ({}, {"is_causal": True}, {"float_mask": "NLS", "dropout_p": 0.1}):
+        check(Case(1, 2, 1, 2048, 2048, 64, 128, **options), dtype)
+    check(Case(1, 8, 1, 1, 16384, 128, 128, lengths="k"), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("whole", AXES, ids=lambda axes: "".join(attention.AXES[a] for a in axes) or "scalar")
+def test_bias_and_its_gradient(whole, dtype):
+    B, N, L, S = sizes = (3, 4, 130, 150)
+    bias = torch.randn([size if axis in whole else 1 for axis, size in enumerate(sizes)]).to(dtype)
+    check(Case(B, N, 2, L, S, 16, 16, float_mask="BNLS"), dtype, bias=bias)
+
+
+def test_tf32_changes_nothing():
+    q, k, v = (torch.randn(2, 4, 130, 64, device=DEVICE) for _ in range(3))
+    expected = results_of(q, k, v)
+    torch.backends.cuda.matmul.allow_tf32 = True  # the fixture puts it back
+    assert_equal(results_of(q, k, v), expected)
+
+
+# ---- through the public function
+
+
+def call_of(options, dtype=torch.float32):
+    """(arguments, leaves, options) of a call on the GPU."""
+    inputs, _ = make(2, 4, 4 if "enable_gqa" not in options else 2, 65, 70, 33, 40, dtype)
+    leaves = [t.to(DEVICE).requires_grad_() for t in inputs[:3]]
+    options = dict(options)
+    if "attn_mask" in options:
+        options["attn_mask"] = torch.randn(options["attn_mask"], device=DEVICE, dtype=dtype, requires_grad=True)
+        leaves.append(options["attn_mask"])
+    return leaves[:3], leaves, options
+
+
+def results_of(*arguments, leaves=None, **options):
+    """Outputs and all gradients."""
+    leaves = [t.detach().requires_grad_() for t in arguments] if leaves is None else leaves
+    torch.manual_seed(1)
+    outputs = sdpa(*leaves[:3], **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [*outputs, *torch.autograd.grad(outputs, leaves, [o.detach().cos() for o in outputs])]
+
+
+def assert_equal(results, expected):
+    for a, b in zip(results, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", CALLS, ids=lambda options: "-".join(options))
+def test_calls_take_the_kernels(options, monkeypatch):
+    called = []
+
+    def record(name):
+        run = getattr(cuda, name)
+        monkeypatch.setattr(cuda, name, lambda *args, **kwargs: called.append(name) or run(*args, **kwargs))
+
+    record("attention_forward")
+    record("attention_backward")
+    for dtype in DTYPES:
+        _, leaves, call = call_of(options, dtype)
+        results_of(leaves=leaves, **call)
+    assert called == ["attention_forward", "attention_backward"] * len(DTYPES)
+
+
+def test_samples_of_torch():
+    count = 0
+    for sample in OPINFO.sample_inputs(DEVICE, torch.float64, requires_grad=True):
+        if sample.kwargs.get("dropout_p"):
+            continue  # another random stream
+        arguments = (sample.input, *sample.args)
+        leaves = [t for t in (*arguments, *sample.kwargs.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
+        results = []
+        for function in (sdpa, F.scaled_dot_product_attention):
+            out = function(*arguments, **sample.kwargs)
+            results.append([out, *torch.autograd.grad(out.sum(), leaves)])
+        torch.testing.assert_close(*results, equal_nan=True)
+        count += 1
+    assert count > 10
+
+
+def test_gradcheck():
+    inputs, _ = make(2, 4, 2, 5, 7, 3, 2, torch.float64)
+    q, k, v = (t.to(DEVICE).requires_grad_() for t in inputs[:3])
+    bias = torch.randn(4, 5, 7, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    options = {"enable_gqa": True, "softcap": 2.0, "causal": "lower_right", "lengths_k": [7, 4], "return_lse": True}
+
+    def finite(*leaves):
+        out, lse = sdpa(*leaves, **options)
+        return out, lse[lse.isfinite()]
+
+    assert gradcheck(finite, (q, k, v, bias))
+
+
+def test_lengths_and_packed_batches_agree():
+    lengths = [5, 65, 0, 33]
+    q, k, v = (torch.randn(4, 2, 65, 24, device=DEVICE) for _ in range(3))
+    padded = sdpa(q, k, v, is_causal=True, lengths_q=lengths, lengths_k=torch.tensor(lengths, device=DEVICE))
+
+    def pack(t):
+        return torch.cat([row[:, :length] for row, length in zip(t, lengths, strict=True)], dim=1)
+
+    bounds = [0, 5, 70, 70, 103]
+    packed = sdpa(pack(q), pack(k), pack(v), is_causal=True, cu_seqlens_q=bounds, cu_seqlens_k=bounds)
+    assert torch.equal(packed, pack(padded))
+
+
+@each_dtype
+def test_decoding_with_a_cache(dtype):
+    cache = fastseq.KVCache(2, 2, 16, capacity=4, dtype=dtype, device=DEVICE)
+    q, k, v = (torch.randn(2, heads, 9, 16, device=DEVICE).to(dtype) for heads in (8, 2, 2))
+    for t in range(9):
+        cache.append(k[:, :, t : t + 1], v[:, :, t : t + 1])
+        out = sdpa(
+            q[:, :, t : t + 1], cache.keys, cache.values, lengths_k=cache.lengths, causal="lower_right", enable_gqa=True
+        )
+    expected = sdpa(q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True)[:, :, 8:]
+    torch.testing.assert_close(out.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("options", [{}, {"key_padding_mask": True}, {"attn_mask": True}], ids=str)
+def test_multihead_attention(options, monkeypatch):
+    theirs = torch.nn.MultiheadAttention(32, 4, batch_first=True, device=DEVICE, dtype=torch.float64)
+    ours = fastseq.MultiheadAttention(32, 4, batch_first=True, device=DEVICE, dtype=torch.float64)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(3, 17, 32, device=DEVICE, dtype=torch.float64)
+    masks = {"key_padding_mask": torch.rand(3, 17, device=DEVICE) < 0.3, "attn_mask": torch.rand(17, 17) < 0.3}
+    options = {name: masks[name].to(DEVICE) for name in options}
+    called = []
+    run = cuda.attention_forward
+    monkeypatch.setattr(cuda, "attention_forward", lambda *args, **kwargs: called.append(1) or run(*args, **kwargs))
+    result = ours(x, x, x, need_weights=False, **options)[0]
+    torch.testing.assert_close(result, theirs(x, x, x, need_weights=False, **options)[0], equal_nan=True)
+    assert called
+
+
+def test_what_torch_serves():
+    """Autocast, double backward and a mix of devices."""
+    _, (q, k, v), _ = call_of({})
+    with torch.autocast("cuda", dtype=torch.float16):
+        assert sdpa(q, k, v).dtype is torch.float16
+    (dq,) = torch.autograd.grad(sdpa(q, k, v).sum(), q, create_graph=True)
+    assert torch.autograd.grad(dq.square().sum(), q)[0].isfinite().all()
+    with pytest.raises((RuntimeError, ValueError), match="device"):
+        sdpa(q, k.cpu(), v)
+
+
+# ---- the same bits, streams, devices, graphs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_thousand_backward_passes_in_bits(dtype):
+    inputs, _ = make(2, 4, 2, 200, 333, 64, 64, dtype)
+    q, k, v, dout, dlse = (t.to(DEVICE) for t in inputs)
+    bias = torch.randn(1, 4, 1, 333, device=DEVICE).to(dtype).expand(2, 4, 200, 333)
+    options = {"scale": 0.125, "bias": bias, "right": 0, "lower_right": True, "dropout_p": 0.1, "seed": 7}
+    out, lse = cuda.attention_forward(q, k, v, return_lse=True, **options)
+
+    def backward():
+        return cuda.attention_backward(
+            q, k, v, out, lse, dout, dlse=dlse, needs=(True,) * 4, bias_shape=(1, 4, 1, 333), **options
+        )
+
+    expected = backward()
+    for _ in range(1000):
+        assert_equal(backward(), expected)
+
+
+@pytest.mark.parametrize("options", CALLS, ids=lambda options: "-".join(options))
+def test_another_stream(options):
+    """The input is written late, on the same stream: a launch or an allocation elsewhere would see the old one."""
+    _, leaves, call = call_of(options)
+    expected = results_of(leaves=leaves, **call)
+    q = leaves[0].detach().clone()
+    stream = torch.cuda.Stream()
+    for _ in range(3):
+        leaves[0].data.fill_(torch.nan)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)
+            leaves[0].data.copy_(q)
+            results = results_of(leaves=leaves, **call)
+        stream.synchronize()
+        assert_equal(results, expected)
+
+
+def test_nothing_waits(monkeypatch):
+    """Queued behind a long sleep, all calls return before it ends."""
+    calls = [call_of(options) for options in CALLS]
+    for _, leaves, call in calls:
+        results_of(leaves=leaves, **call)
+    torch.cuda.synchronize()
+    done = torch.cuda.Event()
+    torch.cuda._sleep(2_000_000_000)
+    done.record()
+    for _, leaves, call in calls:
+        results_of(leaves=leaves, **call)
+    assert not done.query()
+
+
+def test_another_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU only")
+    _, leaves, _ = call_of({})
+    expected = [a.cpu() for a in results_of(leaves=leaves)]
+    other = torch.device("cuda", 1)
+    results = results_of(*(t.detach().to(other) for t in leaves))
+    assert torch.cuda.current_device() == 0
+    assert {a.device for a in results} == {other}
+    assert_equal([a.cpu() for a in results], expected)
+
+
+@pytest.mark.parametrize("options", CALLS, ids=lambda options: "-".join(options))
+def test_graph(options):
+    """Captured once, replayed on other inputs; the draws of dropout are those of the capture."""
+    _, leaves, call = call_of(options)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            results_of(leaves=leaves, **call)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results_of(leaves=leaves, **call)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for leaf in leaves:
+            leaf.data.copy_(torch.randn_like(leaf))
+        graph.replay()
+        expected = results_of(leaves=leaves, **call)
+        torch.cuda.synchronize()
+        assert_equal(captured, expected)
