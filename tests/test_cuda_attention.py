@@ -8,11 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from attention_calls import make
-from test_attention import OPINFO
 from test_attention_kernels import AXES
-from test_cuda_attention_on_host import OPTIONS
+from test_cuda_attention_on_host import OPTIONS, decoding_agrees, multihead_agrees, samples_agree
 from torch.autograd import gradcheck
 
 import fastseq
@@ -47,11 +45,14 @@ CALLS = (
 
 
 @pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
+def exact_products():
     """Without TF32 in what torch computes, whatever ran before."""
     assert backends.select_cuda() is cuda
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def check(case, dtype, seed=0, **replaced):
@@ -147,7 +148,13 @@ def test_calls_take_the_kernels(options, monkeypatch):
 
     def record(name):
         run = getattr(cuda, name)
-        monkeypatch.setattr(cuda, name, lambda *args, **kwargs: called.append(name) or run(*args, **kwargs))
+
+        def recorded(*args, **kwargs):
+            results = run(*args, **kwargs)
+            called.append(name)
+            return results
+
+        monkeypatch.setattr(cuda, name, recorded)
 
     record("attention_forward")
     record("attention_backward")
@@ -158,19 +165,7 @@ def test_calls_take_the_kernels(options, monkeypatch):
 
 
 def test_samples_of_torch():
-    count = 0
-    for sample in OPINFO.sample_inputs(DEVICE, torch.float64, requires_grad=True):
-        if sample.kwargs.get("dropout_p"):
-            continue  # another random stream
-        arguments = (sample.input, *sample.args)
-        leaves = [t for t in (*arguments, *sample.kwargs.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
-        results = []
-        for function in (sdpa, F.scaled_dot_product_attention):
-            out = function(*arguments, **sample.kwargs)
-            results.append([out, *torch.autograd.grad(out.sum(), leaves)])
-        torch.testing.assert_close(*results, equal_nan=True)
-        count += 1
-    assert count > 10
+    samples_agree(DEVICE)
 
 
 def test_gradcheck():
@@ -201,31 +196,11 @@ def test_lengths_and_packed_batches_agree():
 
 @each_dtype
 def test_decoding_with_a_cache(dtype):
-    cache = fastseq.KVCache(2, 2, 16, capacity=4, dtype=dtype, device=DEVICE)
-    q, k, v = (torch.randn(2, heads, 9, 16, device=DEVICE).to(dtype) for heads in (8, 2, 2))
-    for t in range(9):
-        cache.append(k[:, :, t : t + 1], v[:, :, t : t + 1])
-        out = sdpa(
-            q[:, :, t : t + 1], cache.keys, cache.values, lengths_k=cache.lengths, causal="lower_right", enable_gqa=True
-        )
-    expected = sdpa(q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True)[:, :, 8:]
-    torch.testing.assert_close(out.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+    decoding_agrees(dtype, DEVICE)
 
 
-@pytest.mark.parametrize("options", [{}, {"key_padding_mask": True}, {"attn_mask": True}], ids=str)
-def test_multihead_attention(options, monkeypatch):
-    theirs = torch.nn.MultiheadAttention(32, 4, batch_first=True, device=DEVICE, dtype=torch.float64)
-    ours = fastseq.MultiheadAttention(32, 4, batch_first=True, device=DEVICE, dtype=torch.float64)
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(3, 17, 32, device=DEVICE, dtype=torch.float64)
-    masks = {"key_padding_mask": torch.rand(3, 17, device=DEVICE) < 0.3, "attn_mask": torch.rand(17, 17) < 0.3}
-    options = {name: masks[name].to(DEVICE) for name in options}
-    called = []
-    run = cuda.attention_forward
-    monkeypatch.setattr(cuda, "attention_forward", lambda *args, **kwargs: called.append(1) or run(*args, **kwargs))
-    result = ours(x, x, x, need_weights=False, **options)[0]
-    torch.testing.assert_close(result, theirs(x, x, x, need_weights=False, **options)[0], equal_nan=True)
-    assert called
+def test_multihead_attention():
+    multihead_agrees(DEVICE)
 
 
 def test_what_torch_serves():

@@ -10,9 +10,12 @@ import test_attention_kernels as kernels
 import test_attention_native as binding
 import torch
 from attention_calls import NAMES, make, run
+from test_attention import OPINFO
+from torch.nn.functional import scaled_dot_product_attention as torchs
 
+import fastseq
 from fastseq import backends
-from fastseq.ops import Attention
+from fastseq.ops import Attention, support
 from fastseq.ops.attention_function import attend
 from fastseq.verify import attention
 from fastseq.verify.attention import Case
@@ -178,6 +181,93 @@ def test_behind_autograd():
         out, lse = attend(call, backend, *leaves, None, want_lse=True)
         results.append([out, lse, *torch.autograd.grad((out, lse), leaves, (dout, dlse))])
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+# ---- what people call
+
+
+def samples_agree(device):
+    """torch's own samples, in float64."""
+    count = 0
+    for sample in OPINFO.sample_inputs(device, torch.float64, requires_grad=True):
+        if sample.kwargs.get("dropout_p"):
+            continue  # another random stream
+        arguments = (sample.input, *sample.args)
+        leaves = [t for t in (*arguments, *sample.kwargs.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
+        results = []
+        for function in (fastseq.scaled_dot_product_attention, torchs):
+            out = function(*arguments, **sample.kwargs)
+            results.append([out, *torch.autograd.grad(out.sum(), leaves)])
+        torch.testing.assert_close(*results, equal_nan=True)
+        count += 1
+    assert count > 10
+
+
+def decoding_agrees(dtype, device):
+    """Token by token against a cache, with a row that is ahead of the other, as in one causal call."""
+    cache = fastseq.KVCache(2, 2, 16, capacity=4, dtype=dtype, device=device)
+    q, k, v = (torch.randn(2, heads, 9, 16).to(device, dtype) for heads in (8, 2, 2))
+    cache.append(k[:, :, :2], v[:, :, :2], lengths=[2, 1])
+    for t in range(2, 9):
+        now = [t, t - 1]
+        token_k, token_v = (torch.stack([x[row, :, at : at + 1] for row, at in enumerate(now)]) for x in (k, v))
+        cache.append(token_k, token_v)
+        token = torch.stack([q[row, :, at : at + 1] for row, at in enumerate(now)])
+        out = fastseq.scaled_dot_product_attention(
+            token, cache.keys, cache.values, lengths_k=cache.lengths, causal="lower_right", enable_gqa=True
+        )
+    whole = torchs(q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True)
+    expected = torch.stack([whole[row, :, at : at + 1] for row, at in enumerate(now)])
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), expected, rtol=4 * eps, atol=4 * eps)
+
+
+def multihead_agrees(device):
+    """The module, with and without masks."""
+    options = {"batch_first": True, "device": device, "dtype": torch.float64}
+    theirs, ours = (source.MultiheadAttention(32, 4, **options) for source in (torch.nn, fastseq))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(3, 17, 32, dtype=torch.float64).to(device).requires_grad_()
+    masks = {"key_padding_mask": torch.rand(3, 17) < 0.3, "attn_mask": torch.randn(17, 17).double()}
+    for names in ((), ("key_padding_mask",), ("attn_mask",)):
+        given = {name: masks[name].to(device) for name in names}
+        results = []
+        for module in (ours, theirs):
+            out = module(x, x, x, need_weights=False, **given)[0]
+            results.append([out, *torch.autograd.grad(out.cos().sum(), (x, *module.parameters()))])
+        torch.testing.assert_close(*results)
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Sends calls on tensors of the CPU to the emulation. Returns the names of the functions that were called."""
+    monkeypatch.setattr(backends, "select", lambda: cuda)
+    monkeypatch.setattr(support, "DTYPES", support.CUDA_DTYPES)
+    names = []
+
+    def record(name):
+        run = getattr(cuda, name)
+        monkeypatch.setattr(cuda, name, lambda *args, **kwargs: names.append(name) or run(*args, **kwargs))
+
+    record("attention_forward")
+    record("attention_backward")
+    return names
+
+
+def test_samples_of_torch(called):
+    samples_agree("cpu")
+    assert called.count("attention_backward") > 10
+
+
+@each_dtype
+def test_decoding_with_a_cache(called, dtype):
+    decoding_agrees(dtype, "cpu")
+    assert called == ["attention_forward"] * 7
+
+
+def test_multihead_attention(called):
+    multihead_agrees("cpu")
+    assert called.count("attention_backward") == 3
 
 
 def test_a_wrong_result_is_seen(monkeypatch):
