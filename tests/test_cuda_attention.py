@@ -131,7 +131,7 @@ def call_of(options, dtype=torch.float32):
 def results_of(*arguments, leaves=None, **options):
     """Outputs and all gradients."""
     leaves = [t.detach().requires_grad_() for t in arguments] if leaves is None else leaves
-    torch.manual_seed(1)
+    torch.default_generator.manual_seed(1)  # the CPU's, which dropout is seeded from; that of the GPU a capture forbids
     outputs = sdpa(*leaves[:3], **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return [*outputs, *torch.autograd.grad(outputs, leaves, [o.detach().cos() for o in outputs])]

@@ -28,7 +28,6 @@ struct PartialResults {
   T *largest, *sum, *values;
   int64_t parts, value_dim;
 
-  PartialResults() = default;
   __device__ PartialResults(const AttentionParams& p, int64_t parts)
       : largest((T*)p.parts),
         sum(largest + p.batch * p.heads * p.queries * parts),

@@ -112,8 +112,8 @@ __device__ void sum_rows(typename Tile::Partials& partials, T (&sums)[Tile::kM])
   }
 }
 
-// The columns of results that a thread block holds at most: wider rows are given to several, each of which computes the
-// scores again. Half of it for rows that fit.
+// The columns of a result that a thread block holds at most; wider rows are shared by several, each of which computes
+// the scores again. Kernels come in this width and in half of it, for narrow rows.
 constexpr int kWidth = 128;
 
 template <class T>

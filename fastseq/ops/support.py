@@ -56,7 +56,11 @@ SERVICE: tuple[Service, ...] = (
     Service("torch.compile, cells, attention, layer norm", "torch", "torch compiles its own op"),
     Service("torch.export, jit.trace, make_fx", "torch", "the graph must run without fastseq"),
     Service("float16, complex and mixed dtypes", "torch", "no kernels for them"),
-    Service("CUDA tensors, RNN, LSTM, GRU and cells", "torch", "kernels with FASTSEQ_CUDA=on; not tested on a GPU yet"),
+    Service(
+        "CUDA tensors, RNN, LSTM, GRU, cells, attention",
+        "torch",
+        "kernels with FASTSEQ_CUDA=on; not tested on a GPU yet",
+    ),
     Service("other CUDA tensors; MPS, meta and sparse ones", "torch", "no kernels for them yet"),
     Service("proj_size > 0", "torch", "no projection in the kernels"),
     Service("cells: strided last axis, weights not contiguous", "torch", "a copy would cost as much as the step"),

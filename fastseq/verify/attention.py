@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastseq.reference import (
     dropout_kept,
@@ -264,7 +266,10 @@ def _torch_function(case: Case, inputs: Inputs, q: Tensor, k: Tensor, v: Tensor,
         mask, is_causal = _allowed(case, inputs), False
         mask = mask if bias is None else bias.masked_fill(~mask, -math.inf)
     grouped = case.heads != case.kv_heads
-    return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=inputs.scale, enable_gqa=grouped), None
+    # On a GPU one backend for all cases: which others serve a case, and what they give where no key is seen, differs.
+    with sdpa_kernel(SDPBackend.MATH) if q.is_cuda else nullcontext():
+        out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=inputs.scale, enable_gqa=grouped)
+    return out, None
 
 
 def _torch_formula(case: Case, inputs: Inputs, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None):
