@@ -20,9 +20,10 @@ struct Whole {
   int64_t count(int a, int64_t size) const { return axis[a] ? size : 1; }
 };
 
-// The grid: tiles of keys fastest, then blocks of queries, heads and batch rows, of the whole axes.
+// The grid: tiles of keys fastest, then blocks of queries, heads and batch rows, of the whole axes. One block on a
+// multiprocessor: for two, registers would spill.
 template <class S>
-__global__ void __launch_bounds__(256) bias_gradient(const __grid_constant__ AttentionParams p, const Whole whole) {
+__global__ void __launch_bounds__(256, 1) bias_gradient(const __grid_constant__ AttentionParams p, const Whole whole) {
   using T = Compute<S>;
   using Tile = SquareTile<T>;
   constexpr int kM = Tile::kM, kN = Tile::kN;

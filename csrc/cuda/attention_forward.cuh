@@ -57,9 +57,11 @@ __device__ void finish_lse(const AttentionParams& p, const Extent& extent, int64
   *element_of<T>(p.lse, p.lse_strides, b, row.n, extent.q_start + row.i) = sum == 0 ? kNever<T> : largest + ::log(sum);
 }
 
-// The grid: blocks of rows of all heads of keys, by parts times blocks of columns.
+// The grid: blocks of rows of all heads of keys, by parts times blocks of columns. Left to itself, the compiler keeps
+// to 128 registers for two blocks on a multiprocessor, and spills.
 template <class S, int kM, int kChunks>
-__global__ void __launch_bounds__(256) attention_forward(const __grid_constant__ AttentionParams p, const Parts parts) {
+__global__ void __launch_bounds__(256, kM == 1 ? 2 : 1)
+    attention_forward(const __grid_constant__ AttentionParams p, const Parts parts) {
   using T = Compute<S>;
   using V = Lane<T>;
   using Tile = Tile<T, kM>;
