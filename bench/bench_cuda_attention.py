@@ -1,6 +1,6 @@
 """Attention on a GPU: torch's backends one by one, and ours beside them where it is switched on.
 
-    FASTSEQ_CUDA=on python bench/bench_cuda_attention.py --output cuda_attention.json
+    FASTSEQ_CUDA=on PYTHONPATH=tests python bench/bench_cuda_attention.py --output cuda_attention.json
 
 TFLOP/s of medians, measured with CUDA events, turn by turn. Of a forward pass 4 B N L S D flops count, half of them if
 causal; of a backward pass 2.5 times as many. Sequences of S tokens with B S = 16384 and N D = 2048, as in Dao 2023
