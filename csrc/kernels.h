@@ -142,7 +142,7 @@ struct AttentionParams {
   int64_t dlse_strides[3];
   void* dbias;  // the gradient of bias, float32 or float64; null: not wanted
   int64_t dbias_strides[4];
-  void* delta;  // CUDA only: work space like lse
+  double* delta;  // CUDA only: work space like lse
   int64_t delta_strides[3];
 };
 

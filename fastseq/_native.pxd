@@ -131,7 +131,7 @@ cdef extern from "kernels.h" namespace "fastseq" nogil:
         void* dbias
         int64_t[4] dbias_strides
         void* parts
-        void* delta
+        double* delta
         int64_t[3] delta_strides
     struct AttentionKernels:
         Status (*forward)(const AttentionParams&) noexcept nogil

@@ -95,7 +95,7 @@ cdef class CudaLibrary:
         )
         self.place_lengths(&problem, placed)
         read_heads(&p.out, out, "out", &problem, p.heads, problem.q_rows, p.value_dim, problem.q_packed, True)
-        p.lse = read_rows(p.lse_strides, lse, "lse", &problem)
+        p.lse = <double*>read_rows(p.lse_strides, lse, "lse", &problem)
         kernels = self.table.attention + problem.dtype
         bytes = kernels.parts_bytes(p[0])
         if bytes:
@@ -122,9 +122,9 @@ cdef class CudaLibrary:
         )
         self.place_lengths(&problem, placed)
         read_heads(&p.dout, dout, "dout", &problem, p.heads, problem.q_rows, p.value_dim, problem.q_packed, False)
-        p.lse = read_rows(p.lse_strides, required(lse, "lse"), "lse", &problem)
-        p.dlse = read_rows(p.dlse_strides, dlse, "dlse", &problem)
-        p.delta = read_rows(p.delta_strides, required(delta, "delta"), "delta", &problem)
+        p.lse = <double*>read_rows(p.lse_strides, required(lse, "lse"), "lse", &problem)
+        p.dlse = <const double*>read_rows(p.dlse_strides, dlse, "dlse", &problem)
+        p.delta = <double*>read_rows(p.delta_strides, required(delta, "delta"), "delta", &problem)
         if dq is not None:
             read_heads(&p.dq, dq, "dq", &problem, p.heads, problem.q_rows, p.head_dim, problem.q_packed, True)
         if dk is not None:

@@ -90,10 +90,10 @@ __global__ void __launch_bounds__(256)
     for (int64_t n = heads.begin; n < heads.end; ++n)
       for (int64_t row = i; row < (whole.axis[2] ? min(i + 1, extent.queries) : extent.queries); row += kThreads) {
         const int64_t at = extent.q_start + row;
-        const T lse = *element_of<const T>(p.lse, p.lse_strides, b, n, at);
-        if (lse == kNever<T>) continue;
-        const T dlse = p.dlse ? *element_of<const T>(p.dlse, p.dlse_strides, b, n, at) : T(0);
-        sum += lse == lse ? dlse : lse;
+        const double lse = *element_of(p.lse, p.lse_strides, b, n, at);
+        if (lse == kNever<double>) continue;
+        const double dlse = p.dlse ? *element_of(p.dlse, p.dlse_strides, b, n, at) : 0;
+        sum += T(lse == lse ? dlse : lse);
       }
   }
   T* out = (T*)p.dbias + batch.begin * p.dbias_strides[0] + heads.begin * p.dbias_strides[1];

@@ -54,7 +54,8 @@ template <class T>
 __device__ void finish_lse(const AttentionParams& p, const Extent& extent, int64_t b, const Row& row, T largest,
                            T sum) {
   if (!p.lse || !row.exists || (p.q_starts && !row.active)) return;
-  *element_of<T>(p.lse, p.lse_strides, b, row.n, extent.q_start + row.i) = sum == 0 ? kNever<T> : largest + ::log(sum);
+  *element_of(p.lse, p.lse_strides, b, row.n, extent.q_start + row.i) =
+      sum == 0 ? kNever<double> : double(largest) + double(::log(sum));
 }
 
 // The grid: blocks of rows of all heads of keys, by parts times blocks of columns. Left to itself, the compiler keeps

@@ -28,8 +28,9 @@ struct QueryRows {
   const int64_t b, kv_head;
   const Extent extent;
   const Scores<S> scores;
-  int count;             // rows from the first to the last that there is
-  T lse[kM], delta[kM];  // of this thread's rows; lse is +inf where there is no key, which makes P zero
+  int count;  // rows from the first to the last that there is
+  // Of this thread's rows. lse is two terms, and +inf where there is no key, which makes P zero.
+  T lse[kM], lse_rest[kM], delta[kM];
 
   __device__ QueryRows(const AttentionParams& p, Memory& memory, int64_t b, int64_t kv_head)
       : p(p), memory(memory), b(b), kv_head(kv_head), extent(p, b), scores(p, extent, b) {}
@@ -47,16 +48,16 @@ struct QueryRows {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
       const Row& row = this->row(m);
-      lse[m] = row.active ? of_row(p.lse, p.lse_strides, row) : kNever<T>;
-      if (lse[m] == kNever<T>) lse[m] = -kNever<T>;
-      delta[m] = row.active && p.delta ? of_row(p.delta, p.delta_strides, row) : T(0);
+      const double whole = row.active ? of_row(p.lse, p.lse_strides, row) : kNever<double>;
+      lse[m] = T(whole == kNever<double> ? -whole : whole);
+      lse_rest[m] = isfinite(whole) ? T(whole - lse[m]) : T(0);
+      delta[m] = row.active && p.delta ? T(of_row(p.delta, p.delta_strides, row)) : T(0);
     }
   }
 
   __device__ const Row& row(int m) const { return memory.rows[Tile::row() + m]; }
-  template <class P>
-  __device__ T of_row(P* data, const int64_t* strides, const Row& row) const {
-    return *element_of<const T>(data, strides, b, row.n, extent.q_start + row.i);
+  __device__ double of_row(const double* data, const int64_t* strides, const Row& row) const {
+    return *element_of(data, strides, b, row.n, extent.q_start + row.i);
   }
 
   // Values of the rows taken, and of the keys from `key` on; 0 for padding.
@@ -84,7 +85,7 @@ struct QueryRows {
       for (int j = 0; j < kN; ++j) {
         T derivative;
         const T score = scores.of(row(m), key + Tile::column() + j, s[m][j], derivative);
-        const T probability = exp_vanishing(V(score - lse[m])).raw;
+        const T probability = exp_vanishing(V(score - lse[m] - lse_rest[m])).raw;
         if (scores.drops())
           use(m, j, probability, scores.drop(gradient[m][j], kept[j]), scores.drop(probability, kept[j]), derivative);
         else
@@ -131,8 +132,8 @@ __global__ void __launch_bounds__(256) attention_delta(const __grid_constant__ A
   for (int m = 0; m < kM; ++m) {
     const Row& row = rows.row(m);
     if (threadIdx.x % Tile::kSide || !row.active) continue;
-    const T dlse = p.dlse ? rows.of_row(p.dlse, p.dlse_strides, row) : T(0);
-    *element_of<T>(p.delta, p.delta_strides, block.b, row.n, rows.extent.q_start + row.i) =
+    const T dlse = p.dlse ? T(rows.of_row(p.dlse, p.dlse_strides, row)) : T(0);
+    *element_of(p.delta, p.delta_strides, block.b, row.n, rows.extent.q_start + row.i) =
         total[m] == 0 ? T(0) : sum[m] / total[m] - dlse;
   }
 }

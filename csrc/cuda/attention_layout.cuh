@@ -27,9 +27,9 @@ __device__ S* row_of(const Heads& heads, int64_t b, int64_t n, int64_t row) {
 }
 
 // Element (b, n, row) of lse and what is laid out like it.
-template <class T, class P>
-__device__ T* element_of(P* data, const int64_t* strides, int64_t b, int64_t n, int64_t row) {
-  return (T*)data + b * strides[0] + n * strides[1] + row * strides[2];
+template <class T>
+__device__ T* element_of(T* data, const int64_t* strides, int64_t b, int64_t n, int64_t row) {
+  return data + b * strides[0] + n * strides[1] + row * strides[2];
 }
 
 __host__ __device__ inline int64_t group_of(const AttentionParams& p) { return p.heads / p.kv_heads; }

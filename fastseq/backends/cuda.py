@@ -387,7 +387,7 @@ def attention_forward(
     gaps = _gaps(q_lengths, q_starts, q)
     if out is None:
         out = _empty_heads(q, v.shape[-1], gaps)
-    lse = (q.new_zeros if gaps else q.new_empty)(q.shape[:3], dtype=computes) if return_lse else None
+    lse = (q.new_zeros if gaps else q.new_empty)(q.shape[:3], dtype=torch.float64) if return_lse else None
     _library.attention_forward(
         q, k, v, scale, bias, allowed, softcap, left, right, lower_right, q_lengths, k_lengths, q_starts, k_starts,
         _placed(q, q_lengths, k_lengths, q_starts, k_starts), max_q, max_k, alibi_slopes, dropout_p, seed % 2**64, out,
@@ -435,7 +435,7 @@ def attention_backward(
     dbias = None
     if needs_bias and bias is not None:
         dbias = q.new_empty(bias.shape if bias_shape is None else bias_shape, dtype=computes)
-    delta = q.new_empty(q.shape[:3], dtype=computes)
+    delta = q.new_empty(q.shape[:3], dtype=torch.float64)
     _library.attention_backward(
         q, k, v, lse, dout, dlse, dq, dk, dv, dbias, delta, scale, bias, allowed, softcap, left, right,
         lower_right, q_lengths, k_lengths, q_starts, k_starts, _placed(q, q_lengths, k_lengths, q_starts, k_starts),
