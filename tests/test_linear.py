@@ -210,6 +210,19 @@ def test_calls_with_gradients_pack_nothing(calls):
     assert calls == []
 
 
+def test_large_calls_with_gradients(calls, monkeypatch):
+    monkeypatch.setattr(module, "FEWEST_PRODUCTS_OF_TRAINING", 1)
+    attention, torchs = (source.MultiheadAttention(16, 2, dtype=torch.float64) for source in (fastseq, nn))
+    torchs.load_state_dict(attention.state_dict())
+    x = make(5, 2, 16, requires_grad=True)
+    found = []
+    for layer in (attention, torchs):
+        out = layer(x, x, x, need_weights=False)[0]
+        found.append([out, *torch.autograd.grad(out.sin().sum(), [x, *layer.parameters()])])
+    assert calls.count("linear_forward") == 2
+    assert_close(*found)
+
+
 def test_small_calls_are_torchs(calls):
     attention = fastseq.MultiheadAttention(16, 2)
     x = make(5, 2, 16, dtype=torch.float32)

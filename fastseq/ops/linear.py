@@ -18,7 +18,9 @@ from fastseq.ops.kernel_calls import contiguous, unit_stride
 # 1.3 to 1.6. float64: 0.9 to 2.0. With fewer rows, reading the weights for the check is most of it: 0.6 to 1.1.
 FEWEST_ROWS = 4
 FEWEST_PRODUCTS = 2**20  # M * K * N: smaller calls are as long as their checks
-FEWEST_PRODUCTS_OF_TRAINING = 2**27  # where weights are packed in every call
+# Where the forward packs the weights in every call: at M = 1024, 0.97 with one thread and 1.33 with four. Backward is
+# torch's, as a transposed copy for the kernel would take what it saves.
+FEWEST_PRODUCTS_OF_TRAINING = 2**27
 
 # bfloat16: 2.5 to 6.6, where torch has no product of its own library for it, and forward and backward. oneDNN's needs
 # AVX-512, and is not measured here.
@@ -71,7 +73,7 @@ def _multiply(backend: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 class LinearFunction(torch.autograd.Function):
-    """x @ weight.mT + bias over the kernels, forward and backward.
+    """x @ weight.mT + bias over the kernels; in bfloat16 the gradients too, else torch's products.
 
     `LinearFunction.apply(backend, x, weight, bias)` returns (..., N): `backend` is a module with `pack_linear` and
     `linear_forward`, x (..., K) with 1 to 3 axes, weight (N, K), bias (N,) or None. All three get gradients. With
@@ -104,15 +106,17 @@ class LinearFunction(torch.autograd.Function):
             )
             return None, *grads
         dx = dweight = dbias = None
-        if needs[0]:
-            dx = _multiply(ctx.backend, dy, weight.mT)
         rows = dy.reshape(-1, dy.shape[-1])
-        if needs[1]:
-            inputs = x.reshape(-1, x.shape[-1])
-            if x.dtype is torch.bfloat16:
-                dweight = _multiply(ctx.backend, rows.mT.contiguous(), inputs.mT)
-            else:  # the kernel's layout would be two copies
-                dweight = rows.mT @ inputs
+        if x.dtype is torch.bfloat16:
+            if needs[0]:
+                dx = _multiply(ctx.backend, dy, weight.mT)
+            if needs[1]:
+                dweight = _multiply(ctx.backend, rows.mT.contiguous(), x.reshape(-1, x.shape[-1]).mT)
+        else:
+            if needs[0]:
+                dx = dy @ weight
+            if needs[1]:
+                dweight = rows.mT @ x.reshape(-1, x.shape[-1])
         if needs[2]:
             dbias = rows.sum(0)
         return None, dx, dweight, dbias
