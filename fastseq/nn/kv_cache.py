@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastseq.ops import checks
-from fastseq.ops.lengths import row_lengths
+from fastseq.ops.lengths import integers, row_lengths
 
 
 class KVCache:
@@ -31,6 +33,7 @@ class KVCache:
             a shorter one is padding.
 
     Raises:
+        TypeError: a size that is not an integer.
         ValueError: a size that is not positive.
 
     Example:
@@ -48,6 +51,7 @@ class KVCache:
         (torch.Size([2, 8, 1, 16]), [10, 7])
     """
 
+    @torch.inference_mode(False)  # what is made in inference mode could only be written to there
     def __init__(
         self,
         batch: int,
@@ -62,6 +66,7 @@ class KVCache:
         value_dim = head_dim if value_dim is None else value_dim
         sizes = {"batch": batch, "heads": heads, "head_dim": head_dim, "value_dim": value_dim, "capacity": capacity}
         for name, size in sizes.items():
+            _check_integer(name, size)
             if size <= 0:
                 raise ValueError(f"{name} must be greater than 0, got {size}")
         self.lengths = torch.zeros(batch, dtype=torch.int64, device="cpu")
@@ -130,9 +135,10 @@ class KVCache:
                 self._values[row, :, begin:end] = value[row, :, : end - begin]
         self.lengths = ends
 
-    @torch.no_grad()
+    @torch.inference_mode(False)
     def grow(self, capacity: int) -> None:
         """Makes room for `capacity` tokens; less than there is now changes nothing."""
+        _check_integer("capacity", capacity)
         if capacity <= self.capacity:
             return
         used = int(self.lengths.max())
@@ -143,6 +149,20 @@ class KVCache:
             setattr(self, name, new)
 
     def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:
-        """Empties all sequences, or those with the indices `rows`; the memory stays."""
+        """Empties all sequences, or those with the indices `rows`; the memory stays.
+
+        Raises:
+            TypeError: rows that are not integers.
+            IndexError: a row that is not there.
+        """
+        batch = len(self.lengths)
+        rows = np.arange(batch) if rows is None else integers("rows", rows)
+        if not ((-batch <= rows) & (rows < batch)).all():
+            raise IndexError(f"rows must lie in [{-batch}, {batch - 1}], got {rows.tolist()}")
         self.lengths = self.lengths.clone()  # who was given the old ones keeps them
-        self.lengths[slice(None) if rows is None else rows] = 0
+        self.lengths.numpy()[rows] = 0
+
+
+def _check_integer(name: str, value: object) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")

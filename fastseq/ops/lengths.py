@@ -111,7 +111,8 @@ def integers(name: str, lengths: Tensor | Sequence[int] | int) -> np.ndarray:
             raise TypeError(f"{name} must be integers, one per sequence, got {lengths!r}") from error
         if values.size == 0:
             values = values.astype(np.int64)
-        if values.dtype == object and all(type(n) is int for n in values.flat):  # integers of more than 64 bits
+        # Of larger integers NumPy makes floats or objects.
+        if values.dtype.kind not in "iu" and all(type(n) is int for n in np.asarray(lengths, dtype=object).flat):
             raise ValueError(f"{name} must be integers of 64 bits, got {lengths!r}")
     _check_integers(name, values.dtype.kind in "iu", lengths)
     return values
