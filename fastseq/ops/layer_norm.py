@@ -140,7 +140,7 @@ def _backend(
     if input.dtype not in DTYPES or input.numel() < fewest:
         return None
     shape = input.shape
-    if shape[-len(normalized_shape) :] != tuple(normalized_shape):
+    if shape[-len(normalized_shape) :] != tuple(normalized_shape) or not all(type(n) is int for n in normalized_shape):
         return None
     if not all(t is None or t.shape == shape[-len(normalized_shape) :] for t in (weight, bias)):
         return None
