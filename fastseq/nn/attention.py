@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fastseq.nn.packed_weights import PacksWeights
 from fastseq.ops import linear, support
 from fastseq.ops.attention import scaled_dot_product_attention
-from fastseq.ops.attention_function import apply_self_attention, self_attention
+from fastseq.ops.attention_call import Attention
+from fastseq.ops.attention_function import apply_self_attention, attend, self_attention
 from fastseq.ops.autograd import needs_grad
 
 # Places of packed weights: the output projection; the input projection in one, two or three parts; three of their own.
@@ -27,7 +28,7 @@ _MIXED = (  # torch's text
 
 
 class _Masks(NamedTuple):
-    """The caller's masks as one that broadcasts to (B, N, L, S): added to the scores, or True where a query sees."""
+    """The caller's masks, which broadcast to (B, N, L, S): added to the scores, and True where a query sees."""
 
     bias: Tensor | None
     allowed: Tensor | None
@@ -39,11 +40,18 @@ class _Masks(NamedTuple):
         bias = None if self.bias is None else F.pad(self.bias, (0, count))
         return _Masks(bias, None if self.allowed is None else F.pad(self.allowed, (0, count), value=True))
 
+    def joined(self) -> Tensor | None:
+        """Both as one, as torch's function takes them; of the size of both together."""
+        if self.bias is None or self.allowed is None:
+            return self.allowed if self.bias is None else self.bias
+        return torch.where(self.allowed, self.bias, -math.inf)
+
     def dead(self) -> Tensor | None:
         """True for the queries that see no key, (B|1, N|1, L|1, 1); None if there are none."""
         if self.bias is None and self.allowed is None:
             return None
-        seen = self.allowed if self.bias is None else self.bias != -math.inf
+        joined = self.joined()
+        seen = joined if joined.dtype is torch.bool else joined != -math.inf
         dead = ~seen.any(-1, keepdim=True)
         # Transforms and compilers know no values to branch on, devices would be waited for.
         return dead if support.observed() or not dead.is_cpu or dead.any() else None
@@ -172,7 +180,7 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
         # torch's reading of the hint
         is_causal = is_causal and key_padding_mask is None and not need_weights
         if key_padding_mask is not None or not (is_causal or attn_mask is None):
-            masks = self._masks(None if is_causal else attn_mask, key_padding_mask, q.shape[0])
+            masks = self._masks(call.backend, None if is_causal else attn_mask, key_padding_mask, q)
         if call.bias_k is not None or self.add_zero_attn:
             k, v = self._with_added_keys(k, call.bias_k), self._with_added_keys(v, call.bias_v)
             masks = masks.with_keys(k.shape[2] - key.shape[-2 if batch_first else 0])
@@ -180,9 +188,10 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
         weights = None
         if need_weights:
             out, weights = _weighted(q, k, v, masks, self.head_dim**-0.5, dropout_p)
+        elif call.backend is None or masks.bias is None or masks.allowed is None:
+            out = scaled_dot_product_attention(q, k, v, masks.joined(), dropout_p, is_causal)
         else:
-            mask = masks.allowed if masks.bias is None else masks.bias
-            out = scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
+            out, _ = attend(Attention(self.head_dim**-0.5, dropout_p=dropout_p), call.backend, q, k, v, *masks)
         out = out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)
         (out,) = self._linear(call.backend, _OUT, (out.flatten(2),), call.out_weight, call.out_bias)
         if weights is not None and average_attn_weights:
@@ -226,8 +235,8 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
         tensors = (*inputs, *weights, in_bias, out_weight, out_bias, bias_k, bias_v)
         _, backend = support.route(tensors, cuda=True)
         if backend is None:
-            # Without masks there is no row that torch's forward gives another result for.
-            if not masks or not support.composes((*tensors, *masks)):
+            # Without masks there is no row that torch's forward gives another result for. It lacks forward-mode AD.
+            if not (masks or support.transformed()) or not support.composes((*tensors, *masks)):
                 return None
         elif not all(support.plain(m, m.dtype, m.is_cuda) and m.device == query.device for m in masks):
             return None
@@ -316,35 +325,28 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
             rows.append(x.new_zeros(shape))
         return torch.cat(rows, 2)
 
-    def _masks(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int) -> _Masks:
+    def _masks(self, backend: ModuleType | None, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor) -> _Masks:
+        """Both kept in their own sizes; only of two float masks is the sum made, (B, N, L, S)."""
+        batch = q.shape[0]
         if attn_mask is not None:
-            if attn_mask.dim() == 3:
-                attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
-            else:
-                attn_mask = attn_mask[None, None]
-        if key_padding_mask is not None:
-            key_padding_mask = key_padding_mask.reshape(batch, 1, 1, key_padding_mask.shape[-1])
-        if attn_mask is None:
-            mask = key_padding_mask
-        elif key_padding_mask is None:
-            mask = attn_mask
-        elif attn_mask.dtype is key_padding_mask.dtype is torch.bool:
-            mask = attn_mask | key_padding_mask
-        else:
-            if attn_mask.dtype is not key_padding_mask.dtype:
-                if not support.is_compiling():
-                    warnings.warn(_MIXED, UserWarning, stacklevel=4)
-                dtype = key_padding_mask.dtype if attn_mask.dtype is torch.bool else attn_mask.dtype
-                attn_mask, key_padding_mask = _added(attn_mask, dtype), _added(key_padding_mask, dtype)
-            mask = attn_mask + key_padding_mask
-        return _Masks(None, ~mask) if mask.dtype is torch.bool else _Masks(mask, None)
-
-
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask of either kind as what is added to the scores."""
-    if mask.dtype is not torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
+            per_head = attn_mask.dim() == 3
+            attn_mask = attn_mask.unflatten(0, (batch, self.num_heads)) if per_head else attn_mask[None, None]
+        if padding is not None:
+            padding = padding.reshape(batch, 1, 1, padding.shape[-1])
+        if attn_mask is None or padding is None:
+            mask = padding if attn_mask is None else attn_mask
+            return _Masks(None, ~mask) if mask.dtype is torch.bool else _Masks(mask, None)
+        if attn_mask.dtype is not padding.dtype and not support.is_compiling():
+            warnings.warn(_MIXED, UserWarning, stacklevel=4)
+        if attn_mask.dtype is torch.bool:
+            if padding.dtype is torch.bool:
+                padding = torch.zeros_like(padding, dtype=q.dtype).masked_fill(padding, -math.inf)
+            return _Masks(padding, ~attn_mask)
+        if padding.dtype is not torch.bool and backend is not None and not needs_grad(padding):
+            hidden = padding == -math.inf
+            if (hidden | (padding == 0)).all():  # a bool mask in floats, as nn.TransformerEncoder hands it on
+                padding = hidden
+        return _Masks(attn_mask, ~padding) if padding.dtype is torch.bool else _Masks(attn_mask + padding, None)
 
 
 def _parts(weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor | None]]:
