@@ -7,6 +7,7 @@ from functools import partial
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq.ops import support
@@ -116,11 +117,11 @@ def scaled_dot_product_attention(
     torchs = partial(
         torch_attention, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
-    route, backend = _route(query, key, value, attn_mask)
+    route, backend = _route(query, key, value, attn_mask, alibi_slopes)
     if plain and (route is Route.TORCH or route is Route.GRAPH):
         return torchs()
     operands = None
-    fits = number(dropout_p) and 0 <= dropout_p <= 1 and isinstance(is_causal, bool)
+    fits = number(dropout_p) and 0 <= dropout_p <= 1 and isinstance(is_causal, bool) and isinstance(enable_gqa, bool)
     fits = fits and (scale is None or number(scale)) and not (is_causal and attn_mask is not None)
     if fits and (route is Route.KERNELS or _alike(query, key, value, attn_mask)):
         operands = fit(query, key, value, attn_mask, enable_gqa)
@@ -142,9 +143,14 @@ def scaled_dot_product_attention(
     if route is Route.KERNELS and not (q.numel() and k.numel() and v.numel()):
         if plain:
             return torchs()
-        route = Route.TORCH
+        # Scores of no features are 0: one feature, of zeros, keeps them out of memory.
+        q, k, v = (t if t.shape[3] else F.pad(t, (0, 1)) for t in (q, k, v))
+        if not (q.numel() and k.numel()):
+            route = Route.TORCH
     backend = backend if route is Route.KERNELS else None
     out, lse = attend(call, backend, q, k, v, bias, allowed, keep_layout=operands.lead is None, want_lse=return_lse)
+    if v is not operands.v:
+        out = out[..., :0]
     out = operands.restore(out)
     return (out, operands.restore(lse.to(torch.promote_types(out.dtype, torch.float32)))) if return_lse else out
 
@@ -157,7 +163,7 @@ def _plain(
     None where the kernels do not serve it, or the arguments do not fit. The binding checks types, dtypes, devices,
     shapes and strides itself, and tiny calls are as long as their checks, so nothing is checked twice.
     """
-    if support.observed() or not isinstance(is_causal, bool):
+    if support.observed() or not (isinstance(is_causal, bool) and isinstance(enable_gqa, bool)):
         return None
     try:
         backend = support.backend_of(query)
@@ -176,18 +182,18 @@ def _plain(
         return None
 
 
-def _route(query: object, key: object, value: object, mask: object) -> tuple[Route, ModuleType | None]:
-    tensors = (query, key, value)
-    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+def _route(query: object, key: object, value: object, mask: object, slopes: object) -> tuple[Route, ModuleType | None]:
+    tensors, others = [query, key, value], []
+    if mask is not None:
+        (others if isinstance(mask, Tensor) and mask.dtype is torch.bool else tensors).append(mask)
+    if isinstance(slopes, Tensor):
+        others.append(slopes)  # of any dtype
+    if not all(isinstance(t, Tensor) for t in tensors):
         return Route.TORCH, None
-    if not (mask is None or isinstance(mask, Tensor)):
-        return Route.TORCH, None
-    if mask is None:
-        return support.route(tensors, cuda=True)
-    if mask.dtype is not torch.bool:
-        return support.route((*tensors, mask), cuda=True)
     route, backend = support.route(tensors, cuda=True)
-    if route is Route.KERNELS and not (support.plain(mask, torch.bool, query.is_cuda) and mask.device == query.device):
+    if route is Route.KERNELS and not all(
+        support.plain(t, t.dtype, query.is_cuda) and t.device == query.device for t in others
+    ):
         return Route.TORCH, None
     return route, backend
 
@@ -225,7 +231,9 @@ def _beyond_torch(
     slopes: Tensor | None,
 ) -> Attention:
     left, right, lower_right = check_band(causal, is_causal, window)
-    call = call._replace(left=left, right=right, lower_right=lower_right, softcap=check_softcap(softcap))
+    call = call._replace(
+        left=left, right=right, lower_right=lower_right, softcap=check_softcap(softcap, operands.q.dtype)
+    )
     batch = operands.q.shape[0]
     if cu_seqlens_q is None and cu_seqlens_k is None:
         lengths_q, lengths_k = check_lengths(operands, lengths_q, lengths_k)

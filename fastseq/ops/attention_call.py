@@ -16,6 +16,7 @@ from fastseq.ops.lengths import integers, readable, row_lengths
 Integers = Tensor | Sequence[int]
 ALIGNMENTS = ("upper_left", "lower_right")
 _NUMBERS = (float, int)
+_ENDLESS = 2**62  # keys, more than there can be
 
 
 class Attention(NamedTuple):
@@ -125,11 +126,13 @@ def _fit_any(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ena
         return tensor.expand(*batch, heads, *rows).reshape(count, heads, *rows)
 
     if mask is not None:
-        scores = (*batch, heads, query.shape[-2], key.shape[-2])[-rank:]
+        # As torch's, it does not enlarge the scores of query and key, though a value may have more heads or rows.
+        scored = _broadcast(shapes[0][:-2], (*shapes[1][:-3], 1 if enable_gqa else shapes[1][-3]))
+        scores = (*scored, query.shape[-2], key.shape[-2])[-max(ranks[:2]) :]
         if mask.dim() < 2 or not _broadcasts(mask.shape, scores):
             return None
         shape = (1,) * (axes - mask.dim()) + tuple(mask.shape)
-        along = batch if math.prod(shape[:-3]) > 1 else (1,) * len(batch)
+        along = (1,) * len(batch) if all(size == 1 for size in shape[:-3]) else batch
         mask = mask.expand(*along, *shape[-3:]).reshape(math.prod(along), *shape[-3:])
     lead = None if rank == 4 else (*batch, heads) if rank > 2 else ()
     return Operands(four(query, heads), four(key, key_heads), four(value, key_heads), mask, lead)
@@ -177,18 +180,20 @@ def _reach(side: str, reach: object) -> int | None:
         raise TypeError(f"window must hold integers or None, got {reach!r} on the {side}")
     if reach < -1:
         raise ValueError(f"window must hold numbers of keys, or None or -1 for all, got {reach} on the {side}")
-    return None if reach == -1 else reach
+    return None if reach == -1 or reach >= _ENDLESS else reach
 
 
-def check_softcap(softcap: object) -> float:
-    """softcap as a number, 0 for none."""
+def check_softcap(softcap: object, dtype: torch.dtype) -> float:
+    """softcap as a number, 0 for none, for a query of this dtype."""
     if softcap is None:
         return 0.0
     if not number(softcap):
         raise TypeError(f"softcap must be a number or None, got {type(softcap).__name__}")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite, or 0 or None for none, got {softcap}")
-    return float(softcap)
+    # Beyond the numbers that are computed with, inf * tanh(s / inf) would be NaN. The nearest of them caps as exactly.
+    computed = torch.finfo(torch.promote_types(dtype, torch.float32))
+    return min(max(float(softcap), computed.tiny), computed.max) if softcap else 0.0
 
 
 def check_slopes(slopes: object, q: Tensor, batch: int) -> Tensor | None:
@@ -248,7 +253,7 @@ def check_packed(
     if operands.q.shape[0] != 1 or (operands.lead is not None and len(operands.lead) != 1):
         raise ValueError(
             "cu_seqlens need query, key and value as (N, total length, E), or with a batch axis of 1, "
-            f"got a query of {operands.q.dim()}-D shape {tuple(operands.q.shape)}"
+            f"got a query of shape {tuple(operands.restore(operands.q).shape)}"
         )
     q = _cumulative("cu_seqlens_q", cu_seqlens_q, operands.q.shape[2], operands.q.device)
     k = _cumulative("cu_seqlens_k", cu_seqlens_k, operands.k.shape[2], operands.q.device)
