@@ -96,6 +96,9 @@ TOLERANCES = {
     "float32": Tolerance(rtol=1e-5, atol=1e-5),
     # Two computations in float64 that sum in different orders.
     "float64": Tolerance(rtol=1e-11, atol=1e-12),
+    # Storage types: results rounded to 11 and 8 bits, here and there.
+    "float16": Tolerance(rtol=4e-3, atol=4e-3),
+    "bfloat16": Tolerance(rtol=2e-2, atol=2e-2),
     # Central differences in float64 with a step of 1e-5: the step's square, and eps over the step.
     "finite difference": Tolerance(rtol=1e-7, atol=1e-8),
     # Before a time is taken: each tensor divided by its largest value, against torch in float32.

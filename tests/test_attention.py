@@ -180,6 +180,59 @@ def test_empty(query, key, value):
 
 
 @both_routes
+@pytest.mark.parametrize(
+    ("query", "key", "mask"),
+    [
+        ((0, 2, 3, 5, 8), (0, 2, 3, 7, 8), (0, 2, 1, 1, 1)),
+        ((2, 0, 3, 5, 8), (2, 0, 3, 7, 8), (1, 0, 3, 5, 7)),
+        ((2, 0, 3, 5, 8), (2, 0, 3, 7, 8), (1, 1, 3, 5, 7)),
+        ((0, 3, 5, 8), (0, 1, 7, 8), (0, 3, 1, 7)),
+        ((0, 3, 5, 8), (1, 3, 7, 8), (1, 3, 1, 7)),
+    ],
+)
+def test_empty_batches_with_masks(query, key, mask):
+    check((make(*query), make(*key), make(*key), make(*mask, requires_grad=False)), {})
+    check((make(*query), make(*key), make(*key), torch.ones(mask, dtype=torch.bool)), {})
+
+
+@pytest.mark.parametrize(("size", "value_size"), [(8, 0), (0, 3), (0, 0)])
+def test_no_features(size, value_size, monkeypatch):
+    """The kernels keep the scores out of memory."""
+    pytest.importorskip("fastseq.backends.native", reason="the extension is not built")
+    q, k, v = make(2, 4, 5, size), make(2, 2, 7, size), make(2, 2, 7, value_size)
+    options = {"window": (2, 1), "enable_gqa": True, "return_lse": True}
+    with fastseq.backends.use_backend("torch"):
+        wanted = sdpa(q, k, v, **options)
+        grads = gradients(wanted, (q, k, v))
+    monkeypatch.delattr(attention_composite, "attention")
+    found = sdpa(q, k, v, **options)
+    assert_close([*found, *gradients(found, (q, k, v))], [*wanted, *grads])
+
+
+@both_routes
+def test_what_is_not_finite(route):
+    """What a query sees reaches its results. Of the rest only finite numbers are promised to stay out."""
+    for bad in (math.nan, math.inf, -math.inf):
+        for place in range(3):
+            tensors = [torch.randn(2, 3, 70, 8) for _ in range(3)]
+            tensors[place][1, 2, 66, 3] = bad
+            for options in ({}, {"is_causal": True}):
+                found, wanted = (f(*tensors, **options) for f in (sdpa, F.scaled_dot_product_attention))
+                sees = slice(66, 67) if place == 0 else slice(66 if options else 0, None)
+                assert torch.equal(found[1, 2, sees].isfinite(), wanted[1, 2, sees].isfinite())
+                others = torch.ones(2, 3, dtype=torch.bool)
+                others[1, 2] = False
+                assert found[others].isfinite().all()
+    mask = torch.randn(5, 7).masked_fill(torch.rand(5, 7) < 0.5, -math.inf)
+    for size in (1.0, 1e3, 1e15):  # scores up to 1e31
+        q, k, v = (size * make(2, 3, n, 8, dtype=torch.float32, requires_grad=False) for n in (5, 7, 7))
+        inputs = [t.requires_grad_() for t in (q, k, v)]
+        for options in ({}, {"is_causal": True}, {"attn_mask": mask}, {"attn_mask": mask > 0}):
+            out = sdpa(*inputs, **options)
+            assert all(t.isfinite().all() for t in (out, *torch.autograd.grad(out.sum(), inputs)))
+
+
+@both_routes
 def test_rows_without_keys():
     """They give zeros, and zeros as gradients."""
     arguments = make(2, 3, 5, 8), make(2, 3, 7, 8), make(2, 3, 7, 8)
@@ -211,8 +264,7 @@ def test_dtypes(dtype):
         assert out.dtype is dtype
         wide = {name: o.double() if isinstance(o, torch.Tensor) else o for name, o in options.items()}
         wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), **wide)
-        tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
-        torch.testing.assert_close(out.double(), wanted, rtol=tolerance, atol=tolerance)
+        assert_close(out.double(), wanted, str(dtype).removeprefix("torch."))
     _, lse = sdpa(q, k, v, return_lse=True)
     assert lse.dtype is torch.float32
 
@@ -244,6 +296,14 @@ def wrong_calls():
     yield (q, k, k), {"dropout_p": "a"}
     yield (q, k, k), {"scale": "a"}
     yield (q, k, k), {"is_causal": 1}
+    yield (q, k, k), {"scale": torch.ones((), requires_grad=True)}
+    yield (q, k, k), {"dropout_p": torch.ones(1)}
+    for enable_gqa in (0, 1, None, "a"):
+        yield (q, k, k), {"enable_gqa": enable_gqa}
+    yield (q[:1], k[:1, :1], r(2, 3, 7, 8), r(2, 3, 5, 7)), {}  # scores are of query and key
+    yield (q[:1, :1], k[:1, :1], k[:1], torch.ones(1, 3, 5, 7, dtype=torch.bool)), {}
+    yield (q[0, :1], k[0, :1], k[0], r(3, 5, 7)), {}
+    yield (q[0], k[0], k, r(1, 3, 5, 7)), {}
     yield (q[0], k[0], k[0], r(5, 7)), {"is_causal": True}  # in four dimensions torch applies both
 
 
@@ -289,6 +349,12 @@ def test_wrong_arguments():
         ({"lengths_q": [1, 6]}, ValueError, r"lengths_q must lie in \[0, 5\], the number of queries, got 6"),
         ({"lengths_k": [-1, 6]}, ValueError, r"lengths_k must lie in \[0, 7\], the number of keys, got -1"),
         ({"lengths_k": [1.0, 6]}, TypeError, "lengths_k must be integers"),
+        (
+            {"lengths_k": [2**63, 1]},
+            ValueError,
+            r"lengths_k must be integers of 64 bits, got \[9223372036854775808, 1\]",
+        ),
+        ({"softcap": True}, TypeError, "softcap must be a number or None, got bool"),
         ({"cu_seqlens_q": [0, 5]}, ValueError, "must both be given or both be None, got cu_seqlens_k=None"),
         ({"cu_seqlens_q": [0, 5], "cu_seqlens_k": [0, 7]}, ValueError, "with a batch axis of 1"),
         ({"cu_seqlens_k": [0, 5], "lengths_k": [1, 2]}, ValueError, "lengths_q and lengths_k cannot be given"),
@@ -315,11 +381,14 @@ def test_wrong_packed_arguments():
         ([[0, 5]], ValueError, r"cu_seqlens_q must have shape \(B \+ 1,\), got \(1, 2\)"),
         ([], ValueError, "must have shape"),
         ([0.0, 5.0], TypeError, "cu_seqlens_q must be integers"),
+        ([0, 2**64], ValueError, "cu_seqlens_q must be integers of 64 bits"),
     ]:
         with pytest.raises(error, match=message):
             call(cu_q, [0, 3, 7])
     with pytest.raises(ValueError, match="attn_mask cannot be given with cu_seqlens"):
         call([0, 2, 5], [0, 3, 7], attn_mask=torch.ones(5, 7))
+    with pytest.raises(ValueError, match=r"with a batch axis of 1, got a query of shape \(5, 8\)"):
+        sdpa(q[0], k[0], k[0], cu_seqlens_q=[0, 5], cu_seqlens_k=[0, 7])
     with pytest.raises(ValueError, match="need 4-D query, key and value"):
         sdpa(q, k, k, lengths_k=[1])
 
@@ -382,6 +451,61 @@ def test_beyond_torch(options, specified, heads):
 
 def _without_is_causal(options):
     return {**options, "causal": "upper_left"} | {"is_causal": False} if options.get("is_causal") else options
+
+
+@both_routes
+@pytest.mark.parametrize("reach", [2**62, 2**63 - 2, 2**63, 2**64])
+def test_windows_of_any_size(reach):
+    q, k = make(2, 3, 5, 8), make(2, 3, 7, 8)
+    for window, same in (((reach, 0), (None, 0)), ((1, reach), (1, None))):
+        assert torch.equal(sdpa(q, k, k, window=window), sdpa(q, k, k, window=same))
+
+
+@both_routes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_softcaps_of_any_size(dtype):
+    """Also those that the dtype has no numbers for."""
+    q, k, v = make(2, 3, 5, 8, dtype=dtype), make(2, 3, 7, 8, dtype=dtype), make(2, 3, 7, 8, dtype=dtype)
+    with torch.no_grad():
+        q[:, :, 0] = 0
+    for softcap, wanted in ((1e40, sdpa(q, k, v)), (1e307, sdpa(q, k, v)), (1e-320, sdpa(q, k, v, scale=0.0))):
+        out = sdpa(q, k, v, softcap=softcap)
+        assert_close(out, wanted, str(dtype).removeprefix("torch."))
+        assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+class Slopes(torch.Tensor):
+    pass
+
+
+@both_routes
+@pytest.mark.parametrize("kind", ["negated", "subclass", "float64", "bfloat16", "strided"])
+def test_slopes_of_any_kind(kind):
+    q, k = make(2, 4, 5, 8), make(2, 4, 7, 8)
+    slopes = {
+        "negated": torch.complex(SLOPES, -SLOPES).conj().imag,
+        "subclass": SLOPES.as_subclass(Slopes),
+        "float64": SLOPES.double(),
+        "bfloat16": SLOPES.bfloat16(),
+        "strided": SLOPES.repeat_interleave(2)[::2],
+    }[kind]
+    exact = SLOPES.bfloat16().float() if kind == "bfloat16" else SLOPES
+    out = sdpa(q, k, k, alibi_slopes=slopes)
+    assert_close(out.as_subclass(torch.Tensor), sdpa(q, k, k, alibi_slopes=exact))
+
+
+@both_routes
+@pytest.mark.parametrize("place", range(4))
+def test_negated_inputs(place):
+    """Views whose bytes are not their values, as the imaginary part of a conjugate is."""
+    tensors = [
+        torch.randn(shape, dtype=torch.complex128) for shape in ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8), (5, 7))
+    ]
+    given = [t.conj().imag if i == place else -t.imag for i, t in enumerate(tensors)]
+    assert given[place].is_neg()
+    for options in ({}, {"window": (3, 1)}):
+        assert_close(sdpa(*given, **options), sdpa(*(-t.imag for t in tensors), **options))
+    assert_close(sdpa(*given[:3]), sdpa(*(-t.imag for t in tensors[:3])))
 
 
 @both_routes
@@ -471,6 +595,12 @@ def test_dropout_of_everything_and_of_nothing():
         out = out[0] if options else out
         assert (out == 0).all()
         assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
+    torch.manual_seed(3)
+    out = sdpa(q, k, v, dropout_p=0.5)
+    for same in (torch.tensor(0.5), np.float32(0.5)):
+        torch.manual_seed(3)
+        assert torch.equal(sdpa(q, k, v, dropout_p=same), out)
+    assert_close(sdpa(q, k, v, scale=torch.tensor(2), causal="upper_left"), sdpa(q, k, v, scale=2.0, is_causal=True))
     before = torch.get_rng_state()
     assert_close(sdpa(q, k, v, dropout_p=0), sdpa(q, k, v))
     assert torch.equal(torch.get_rng_state(), before)

@@ -175,6 +175,8 @@ def test_hugging_face_attention():
     options = {"scale": 0.3, "softcap": 2.0, "enable_gqa": True, "is_causal": True}
     assert_close(out, fastseq.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2), "float32")
     assert out.is_contiguous()
+    out, _ = hugging_face.attention_forward(module, q[:, :, :1], k, v, None)  # one query sees the whole cache
+    assert_close(out, TORCHS(q[:, :, :1], k, v, enable_gqa=True).transpose(1, 2), "float32")
     module.is_causal = False
     out, _ = hugging_face.attention_forward(module, q, k, v, torch.ones(2, 1, 5, 9, dtype=torch.bool))
     assert_close(out, TORCHS(q, k, v, enable_gqa=True).transpose(1, 2), "float32")

@@ -280,6 +280,8 @@ class TestFunction:
         for arguments in (
             (x, (6,)),
             (x, ()),
+            (x, (7.0,)),
+            (x, (True,)),
             (x, 7),
             (x, (7,), weight[:6]),
             (x, (7,), weight, weight[:6]),

@@ -120,6 +120,87 @@ def test_arguments(kwargs, layout, need_weights):
                 assert_close(ours_out, torchs_out)
 
 
+@pytest.fixture
+def masks_of_kernels(monkeypatch):
+    """The masks that reach the kernels."""
+    seen, native = [], pytest.importorskip("fastseq.backends.native", reason="the extension is not built")
+    forward = native.attention_forward
+
+    def watched(*args, **options):
+        seen.extend(m for name in ("bias", "allowed") if (m := options.get(name)) is not None)
+        return forward(*args, **options)
+
+    monkeypatch.setattr(native, "attention_forward", watched)
+    return seen
+
+
+HIDDEN = torch.arange(7) >= torch.tensor([[7], [5], [2]])
+ADDED = torch.zeros(3, 7, dtype=torch.float64).masked_fill(HIDDEN, -math.inf)
+LATER = torch.triu(torch.ones(5, 7, dtype=torch.bool), 3)
+TWO_MASKS = {
+    "bool": (LATER, HIDDEN),
+    "float": (torch.randn(5, 7, dtype=torch.float64, requires_grad=True), ADDED),
+    "float, bool": (torch.randn(6, 5, 7, dtype=torch.float64, requires_grad=True), HIDDEN),
+    "bool, float": (LATER, ADDED - 1),
+    "bool, gradient": (LATER, torch.randn(3, 7, dtype=torch.float64, requires_grad=True)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
+@pytest.mark.parametrize("kind", TWO_MASKS)
+@pytest.mark.parametrize("kwargs", [{}, {"add_zero_attn": True}], ids=str)
+def test_two_masks_are_not_joined(kind, kwargs, masks_of_kernels):
+    ours, torchs = make(8, 2, **kwargs)
+    attn_mask, padding = TWO_MASKS[kind]
+    options = {"attn_mask": attn_mask, "key_padding_mask": padding, "need_weights": False}
+    check(ours, torchs, inputs(ours, "batched"), options)
+    sizes = sorted(m.untyped_storage().nbytes() // m.element_size() for m in masks_of_kernels)
+    keys = 7 + len(kwargs)
+    assert sizes == sorted([3 * keys, attn_mask.numel() // 7 * keys])
+
+
+@pytest.mark.parametrize("values", ["any", "gradient"])
+def test_two_float_masks_are_added(values, masks_of_kernels):
+    """Where the padding is more than a bool mask."""
+    ours, torchs = make(8, 2)
+    padding = ADDED - torch.arange(7) if values == "any" else ADDED.clone().requires_grad_()
+    options = {"attn_mask": torch.randn(5, 7, dtype=torch.float64), "key_padding_mask": padding, "need_weights": False}
+    check(ours, torchs, inputs(ours, "batched"), options)
+    (mask,) = masks_of_kernels
+    assert mask.shape == (3, 2, 5, 7)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_jvp(training, is_causal, need_weights):
+    """torch's own has none without weights."""
+    if backends.select() is None:
+        pytest.skip("torch's own path")
+    attention = make(8, 2)[0].train(training)
+    x, tangent = torch.randn(2, 5, 3, 8, dtype=torch.float64)
+
+    options = {"attn_mask": torch.triu(torch.ones(5, 5, dtype=torch.bool), 1), "is_causal": True} if is_causal else {}
+
+    def call(x):
+        return attention(x, x, x, need_weights=need_weights, **options)[0]
+
+    out, found = jvp(call, (x,), (tangent,))
+    assert_close(out, call(x))
+    step = 1e-5
+    assert_close(found, (call(x + step * tangent) - call(x - step * tangent)) / (2 * step), "finite difference")
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_hooks_of_the_output_projection(need_weights):
+    """torch reads its parameters and does not call it."""
+    calls = []
+    for module in make(8, 2):
+        module.out_proj.register_forward_hook(lambda *_: calls.append(1))
+        module(*inputs(module, "batched"), need_weights=need_weights)
+    assert not calls
+
+
 @both_routes
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_the_same_tensor_thrice(batch_first):
@@ -250,7 +331,7 @@ def test_bfloat16():
     for need_weights in (True, False):
         found, wanted = (m(x, x, x, need_weights=need_weights)[0] for m in (ours, torchs))
         assert found.dtype is torch.bfloat16
-        torch.testing.assert_close(found, wanted, rtol=3e-2, atol=3e-2)
+        assert_close(found, wanted, "bfloat16")
 
 
 def wrong_calls(module):

@@ -15,13 +15,13 @@ from fastseq.ops.attention_call import (
     Attention,
     Integers,
     Operands,
+    as_number,
     check_band,
     check_lengths,
     check_packed,
     check_slopes,
     check_softcap,
     fit,
-    number,
 )
 from fastseq.ops.attention_function import apply_plain, attend
 from fastseq.ops.support import Route
@@ -121,8 +121,10 @@ def scaled_dot_product_attention(
     if plain and (route is Route.TORCH or route is Route.GRAPH):
         return torchs()
     operands = None
-    fits = number(dropout_p) and 0 <= dropout_p <= 1 and isinstance(is_causal, bool) and isinstance(enable_gqa, bool)
-    fits = fits and (scale is None or number(scale)) and not (is_causal and attn_mask is not None)
+    dropout_p, scale = as_number(dropout_p), as_number(scale)
+    fits = isinstance(dropout_p, float | int) and 0 <= dropout_p <= 1 and isinstance(scale, float | int | None)
+    fits = fits and isinstance(is_causal, bool) and isinstance(enable_gqa, bool)
+    fits = fits and not (is_causal and attn_mask is not None)
     if fits and (route is Route.KERNELS or _alike(query, key, value, attn_mask)):
         operands = fit(query, key, value, attn_mask, enable_gqa)
     if operands is None:  # torch computes it, or names the mistake
@@ -174,6 +176,8 @@ def _plain(
             return None
         if scale is None:
             scale = 1 / math.sqrt(depth or 1)
+        elif type(scale) is not float:
+            return None
         right = 0 if is_causal else None
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             return apply_plain(backend, scale, right, query, key, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,6 @@ from fastseq.ops.lengths import integers, readable, row_lengths
 
 Integers = Tensor | Sequence[int]
 ALIGNMENTS = ("upper_left", "lower_right")
-_NUMBERS = (float, int)
 _ENDLESS = 2**62  # keys, more than there can be
 
 
@@ -152,9 +152,12 @@ def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
         return None
 
 
-def number(value: object) -> bool:
-    """True for what torch takes for a float."""
-    return isinstance(value, _NUMBERS) and not isinstance(value, bool)
+def as_number(value: object) -> object:
+    """A number for what torch takes for one, NumPy's and tensors of no axes among them; all else as it is."""
+    if isinstance(value, Tensor):
+        known = value.dim() == 0 and not (value.requires_grad or value.is_complex()) and readable(value)
+        return value.item() if known else value
+    return float(value) if isinstance(value, Real) else value
 
 
 def check_band(causal: object, is_causal: bool, window: object) -> tuple[int | None, int | None, bool]:
@@ -187,13 +190,13 @@ def check_softcap(softcap: object, dtype: torch.dtype) -> float:
     """softcap as a number, 0 for none, for a query of this dtype."""
     if softcap is None:
         return 0.0
-    if not number(softcap):
+    if not isinstance(softcap, float | int) or isinstance(softcap, bool):
         raise TypeError(f"softcap must be a number or None, got {type(softcap).__name__}")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite, or 0 or None for none, got {softcap}")
-    # Beyond the numbers that are computed with, inf * tanh(s / inf) would be NaN. The nearest of them caps as exactly.
+    # As a number of the dtype that is computed in: inf * tanh(s / inf) is NaN. A gradient times the cap must fit, too.
     computed = torch.finfo(torch.promote_types(dtype, torch.float32))
-    return min(max(float(softcap), computed.tiny), computed.max) if softcap else 0.0
+    return min(max(float(softcap), computed.tiny), computed.max * computed.eps) if softcap else 0.0
 
 
 def check_slopes(slopes: object, q: Tensor, batch: int) -> Tensor | None:
