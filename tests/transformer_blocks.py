@@ -43,6 +43,8 @@ class Block:
     layer: nn.Module
     caches: list = field(default_factory=list)
 
+    gradients: dict[str, np.ndarray] = field(default_factory=dict)  # of the parameters, by name
+
     def _norm(self, n: int, x: np.ndarray) -> np.ndarray:
         norm = getattr(self.layer, f"norm{n}")
         out, cache = layernorm_forward(x, array(norm.weight), array(norm.bias), norm.eps)
@@ -82,20 +84,42 @@ class Block:
             x = x + part if self.layer.norm_first else self._norm(n, x + part)
         return x
 
+    def _norm_backward(self, n: int, dout: np.ndarray) -> np.ndarray:
+        dx, *affine = layernorm_backward(dout, self.caches.pop())
+        self._keep(f"norm{n}", *affine)
+        return dx
+
+    def _attend_backward(self, name: str, dout: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        *dinputs, dweights, dbiases = multi_head_attention_backward(dout, self.caches.pop())
+        *d_in, d_out = (dweight.T for dweight in dweights)
+        self.gradients[f"{name}.in_proj_weight"] = np.concatenate(d_in)
+        self.gradients[f"{name}.in_proj_bias"] = np.concatenate(dbiases[:3])
+        self._keep(f"{name}.out_proj", d_out, dbiases[3])
+        return tuple(dinputs)
+
+    def _feed_forward_backward(self, dout: np.ndarray) -> np.ndarray:
+        for name in ("linear2", "linear1"):
+            cache = self.caches.pop()
+            dx, dweight, dbias = temporal_affine_backward(dout, cache)
+            self._keep(name, dweight.T, dbias)
+            dout = dx * (cache[0] > 0) if name == "linear2" else dx
+        return dout
+
+    def _keep(self, name: str, dweight: np.ndarray, dbias: np.ndarray) -> None:
+        self.gradients |= {f"{name}.weight": dweight, f"{name}.bias": dbias}
+
     def backward(self, dout: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """dout (N, T, D) -> dx (N, T, D) and dmemory (N, S, D) of a decoder."""
+        """dout (N, T, D) -> dx (N, T, D) and dmemory (N, S, D) of a decoder; the parameters' are in `gradients`."""
         dmemory = None
         for n in range(self._parts, 0, -1):
             if not self.layer.norm_first:
-                dout = layernorm_backward(dout, self.caches.pop())[0]
+                dout = self._norm_backward(n, dout)
             if n == self._parts:
-                second, first = self.caches.pop(), self.caches.pop()
-                dhidden = temporal_affine_backward(dout, second)[0]
-                dinner = temporal_affine_backward(dhidden * (second[0] > 0), first)[0]
+                dinner = self._feed_forward_backward(dout)
             elif n == 1:
-                dinner = sum(multi_head_attention_backward(dout, self.caches.pop())[:3])
+                dinner = sum(self._attend_backward("self_attn", dout))
             else:
-                dinner, dkey, dvalue, *_ = multi_head_attention_backward(dout, self.caches.pop())
+                dinner, dkey, dvalue = self._attend_backward("multihead_attn", dout)
                 dmemory = dkey + dvalue
-            dout = dout + (layernorm_backward(dinner, self.caches.pop())[0] if self.layer.norm_first else dinner)
+            dout = dout + (self._norm_backward(n, dinner) if self.layer.norm_first else dinner)
         return dout, dmemory
