@@ -166,11 +166,12 @@ struct AttentionBackward {
       const int64_t n = head % p.kv_heads * group + unit / query_blocks, first = unit % query_blocks * kQueryBlock;
       const int64_t rows = max(0, min(kQueryBlock, extent.queries - first));
       const Scores<S> scores(p, extent, b, n);
-      const typename Block::Rows loaded = s.block.load_rows(extent, b, n, first, rows);
+      const Range seen = scores.window.keys_of(first, rows);
+      const bool one_tile = seen.end <= G::floor(seen.begin) + kKeyBlock;
+      const typename Block::Rows loaded = s.block.load_rows(extent, b, n, first, rows, !one_tile);
       typename BiasGradient<S>::Turn turn{};
       if (p.dbias) turn = bias.start_unit(b, head % p.kv_heads, unit, sums.dbias);
       fill(s.dq, rows * layout.key_row, T(0));
-      const Range seen = scores.window.keys_of(first, rows);
       for (int64_t key = G::floor(seen.begin); key < seen.end; key += kKeyBlock) {
         const int64_t end = min(key + kKeyBlock, seen.end);
         add_tile(scores, loaded, first, rows, key, end, operands,

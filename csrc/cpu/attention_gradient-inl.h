@@ -98,8 +98,8 @@ struct QueryBlock {
     Left<O> q, dout;
   };
 
-  // Reads the rows [first, first + rows) of head n.
-  Rows load_rows(const Extent& extent, int64_t b, int64_t n, int64_t first, int64_t rows) const {
+  // Reads the rows [first, first + rows) of head n. delta is only needed where they meet their keys in several tiles.
+  Rows load_rows(const Extent& extent, int64_t b, int64_t n, int64_t first, int64_t rows, bool needs_delta) const {
     const int64_t start = extent.q_start + first;
     const S *q_rows = row_of<const S>(p.q, b, n, start), *dout_rows = row_of<const S>(p.dout, b, n, start);
     if constexpr (kWidened) {
@@ -109,7 +109,10 @@ struct QueryBlock {
       pack_columns(q_rows, p.q.row_stride, rows, p.head_dim, q, G::kColumns, layout.key_row);
       pack_columns(dout_rows, p.dout.row_stride, rows, p.value_dim, dout, G::kColumns, layout.value_row);
     }
-    load_delta(dout_rows, row_of<const S>(p.out, b, n, start), rows);
+    if (needs_delta)
+      load_delta(dout_rows, row_of<const S>(p.out, b, n, start), rows);
+    else
+      fill(delta, rows, T(0));
     for (int64_t i = 0; i < rows; ++i) {
       dlse[i] = p.dlse ? T(*element_of(p.dlse, p.dlse_strides, b, n, start + i)) : T(0);
       delta[i] -= dlse[i];
