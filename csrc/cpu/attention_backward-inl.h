@@ -25,8 +25,9 @@ struct AttentionBackward {
 
   static constexpr int64_t kItems = 16;       // shares of all heads together, at least, where there are blocks enough
   static constexpr int64_t kPackBlock = 192;  // keys that are packed, or added up, at once
-  // Rows, or keys, whose products are cut to the keys, or rows, that they have in common.
-  static constexpr int64_t kCutKeys = 48, kCutRows = 24;
+  // Keys, or rows, that are multiplied at once, so that the L1 cache holds their part of a tile. Where the window cuts
+  // through the tile: fewer, as their products are cut to the rows, or keys, that they have in common.
+  static constexpr int64_t kStripKeys = 48, kStripRows = 24, kCut = 12;
 
   const AttentionParams& p;
   const L layout;
@@ -197,8 +198,14 @@ struct AttentionBackward {
     block.differentiate(scores, loaded, first, rows, key, G::ceil(end) - key,
                         operands.keys + key * panel_depth<O>(p.head_dim),
                         operands.values + key * panel_depth<O>(p.value_dim), k_rows, v_rows);
-    for (int64_t j = key; j < end; j += kCutKeys) {
-      const int64_t count = min(kCutKeys, end - j);
+    const auto sees_all = [&](int64_t i) {
+      const Range seen = scores.window.keys_of(i, 1);
+      return seen.begin <= key && end <= seen.end;
+    };
+    const bool whole = sees_all(first) && sees_all(first + rows - 1);
+    const int64_t strip_keys = whole ? kStripKeys : kCut, strip_rows = whole ? kStripRows : kCut;
+    for (int64_t j = key; j < end; j += strip_keys) {
+      const int64_t count = min(strip_keys, end - j);
       const Range seeing = scores.window.queries_of(j, count);
       const int64_t i = max(seeing.begin - first, 0) / kDepth * kDepth, depth = min(seeing.end - first, rows) - i;
       if (depth <= 0) continue;
@@ -210,8 +217,8 @@ struct AttentionBackward {
                                  block.queries_from(i), sums.dk + j * layout.key_row, layout.key_row);
     }
     if (!p.dq.data) return;
-    for (int64_t i = 0; i < rows; i += kCutRows) {
-      const int64_t count = min(kCutRows, rows - i);
+    for (int64_t i = 0; i < rows; i += strip_rows) {
+      const int64_t count = min(strip_rows, rows - i);
       const Range seen = scores.window.keys_of(first + i, count);
       const int64_t j = max(seen.begin, key) / kDepth * kDepth, depth = min(seen.end, end) - j;
       if (depth <= 0) continue;
