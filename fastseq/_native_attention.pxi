@@ -7,6 +7,7 @@ cdef struct AttentionProblem:
     int dtypes  # how many of the table there are kernels for
     int dtype
     int compute_dtype
+    View q, k, v
     int64_t q_rows, k_rows  # of a head: L and S, or the total of a packed batch
     bint q_packed, k_packed
     bint q_gaps, k_gaps  # rows of a packed batch that belong to no sequence; zero in results
@@ -27,7 +28,7 @@ def attention_forward(
         k_starts, max_q, max_k, alibi_slopes, dropout_p, seed, threads
     )
     if out is None:
-        out = empty_heads(&p.out, &problem, q, p.value_dim, problem.q_packed, problem.q_gaps)
+        out = empty_heads(&p.out, &problem, problem.q, p.value_dim, problem.q_packed, problem.q_gaps)
     else:
         read_heads(&p.out, out, "out", &problem, p.heads, problem.q_rows, p.value_dim, problem.q_packed, True)
     if return_lse:
@@ -65,15 +66,15 @@ def attention_backward(
     if dq is not None:
         read_heads(&p.dq, dq, "dq", &problem, p.heads, problem.q_rows, p.head_dim, problem.q_packed, True)
     elif needs_q:
-        dq = empty_heads(&p.dq, &problem, q, p.head_dim, problem.q_packed, problem.q_gaps)
+        dq = empty_heads(&p.dq, &problem, problem.q, p.head_dim, problem.q_packed, problem.q_gaps)
     if dk is not None:
         read_heads(&p.dk, dk, "dk", &problem, p.kv_heads, problem.k_rows, p.head_dim, problem.k_packed, True)
     elif needs_k:
-        dk = empty_heads(&p.dk, &problem, k, p.head_dim, problem.k_packed, problem.k_gaps)
+        dk = empty_heads(&p.dk, &problem, problem.k, p.head_dim, problem.k_packed, problem.k_gaps)
     if dv is not None:
         read_heads(&p.dv, dv, "dv", &problem, p.kv_heads, problem.k_rows, p.value_dim, problem.k_packed, True)
     elif needs_v:
-        dv = empty_heads(&p.dv, &problem, v, p.value_dim, problem.k_packed, problem.k_gaps)
+        dv = empty_heads(&p.dv, &problem, problem.v, p.value_dim, problem.k_packed, problem.k_gaps)
     if needs_bias and bias is not None:
         dbias = empty_bias(&problem, bias_shape)
     with nogil:
@@ -93,13 +94,15 @@ cdef int read_attention(
     q_lengths, k_lengths, q_starts, k_starts, max_q, max_k, alibi_slopes, double dropout_p, uint64_t seed, int threads
 ) except -1:
     cdef AttentionParams* p = &problem.params
-    cdef View query, key, value
-    read_at(&problem.place, q, "q", &query)
-    check_float(&query, "q", 4, problem.dtypes)
-    read_at(&problem.place, k, "k", &key)
-    check_float(&key, "k", 4, problem.dtypes)
-    read_at(&problem.place, v, "v", &value)
-    check_float(&value, "v", 4, problem.dtypes)
+    cdef View* query = &problem.q
+    cdef View* key = &problem.k
+    cdef View* value = &problem.v
+    read_at(&problem.place, q, "q", query)
+    check_float(query, "q", 4, problem.dtypes)
+    read_at(&problem.place, k, "k", key)
+    check_float(key, "k", 4, problem.dtypes)
+    read_at(&problem.place, v, "v", value)
+    check_float(value, "v", 4, problem.dtypes)
     problem.dtype = query.dtype
     problem.compute_dtype = kFloat64 if query.dtype == kFloat64 else kFloat32
     problem.q_packed, problem.k_packed = q_starts is not None, k_starts is not None
@@ -107,9 +110,9 @@ cdef int read_attention(
     p.heads, p.kv_heads, p.head_dim, p.value_dim = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
     if p.heads % p.kv_heads:
         raise ValueError(f"q must have a multiple of the {p.kv_heads} heads of k, got {p.heads}")
-    p.batch = batch_of(&query, "q", q_lengths, problem.q_packed)
-    if batch_of(&key, "k", k_lengths, problem.k_packed) != p.batch:
-        raise ValueError(f"q and k must have the same batch size, got shapes {shape_of(&query)} and {shape_of(&key)}")
+    p.batch = batch_of(query, "q", q_lengths, problem.q_packed)
+    if batch_of(key, "k", k_lengths, problem.k_packed) != p.batch:
+        raise ValueError(f"q and k must have the same batch size, got shapes {shape_of(query)} and {shape_of(key)}")
     p.queries = longest(max_q, "max_q", problem.q_rows, problem.q_packed)
     p.keys = longest(max_k, "max_k", problem.k_rows, problem.k_packed)
     # Also refuses what no kernel could index.
@@ -117,9 +120,9 @@ cdef int read_attention(
         p.head_dim + p.value_dim + 1024.0
     ) > 2.0**55:
         raise RuntimeError(f"{p.batch} rows of {p.heads} heads are too many for one call")
-    read_heads(&p.q, q, "q", problem, p.heads, problem.q_rows, p.head_dim, problem.q_packed, False)
-    read_heads(&p.k, k, "k", problem, p.kv_heads, problem.k_rows, p.head_dim, problem.k_packed, False)
-    read_heads(&p.v, v, "v", problem, p.kv_heads, problem.k_rows, p.value_dim, problem.k_packed, False)
+    set_heads(&p.q, query, "q", problem, p.heads, problem.q_rows, p.head_dim, problem.q_packed)
+    set_heads(&p.k, key, "k", problem, p.kv_heads, problem.k_rows, p.head_dim, problem.k_packed)
+    set_heads(&p.v, value, "v", problem, p.kv_heads, problem.k_rows, p.value_dim, problem.k_packed)
     p.q_lengths = read_lengths(q_lengths, "q_lengths", p.batch, p.queries)
     p.k_lengths = read_lengths(k_lengths, "k_lengths", p.batch, p.keys)
     p.q_starts = read_starts(q_starts, "q_starts", p.q_lengths, p.batch, problem.q_rows, &problem.q_gaps)
@@ -216,9 +219,9 @@ cdef const int64_t* read_starts(
     return data
 
 
-cdef int check_heads(
-    const View* view, str name, const AttentionProblem* problem, int64_t heads, int64_t rows, int64_t columns,
-    bint packed
+cdef int set_heads(
+    Heads* out, const View* view, str name, const AttentionProblem* problem, int64_t heads, int64_t rows,
+    int64_t columns, bint packed
 ) except -1:
     cdef int64_t batch = 1 if packed else problem.params.batch
     if view.dtype != problem.dtype:
@@ -231,7 +234,16 @@ cdef int check_heads(
         or view.shape[3] != columns
     ):
         raise ValueError(f"{name} must have shape {(batch, heads, rows, columns)}, got {shape_of(view)}")
-    return check_unit_stride(view, name)
+    check_unit_stride(view, name)
+    store_heads(out, view, packed)
+    return 0
+
+
+cdef void store_heads(Heads* out, const View* view, bint packed) noexcept:
+    out.data = view.data
+    out.batch_stride = 0 if packed else view.stride[0]
+    out.head_stride = view.stride[1]
+    out.row_stride = view.stride[2]
 
 
 cdef int read_heads(
@@ -240,28 +252,20 @@ cdef int read_heads(
 ) except -1:
     cdef View view
     read_at(&problem.place, required(tensor, name), name, &view)
-    check_heads(&view, name, problem, heads, rows, columns, packed)
+    set_heads(out, &view, name, problem, heads, rows, columns, packed)
     if written:
         check_distinct(&view, name)
-    set_heads(out, &view, packed)
     return 0
 
 
-cdef void set_heads(Heads* out, const View* view, bint packed) noexcept:
-    out.data = view.data
-    out.batch_stride = 0 if packed else view.stride[0]
-    out.head_stride = view.stride[1]
-    out.row_stride = view.stride[2]
-
-
-# A tensor like `like` but for its last dimension, its axes in the same order of strides.
-cdef object empty_heads(Heads* out, const AttentionProblem* problem, like, int64_t columns, bint packed, bint zeros):
-    cdef View view
+# A tensor like that of `view` but for its last dimension, its axes in the same order of strides.
+cdef object empty_heads(
+    Heads* out, const AttentionProblem* problem, View view, int64_t columns, bint packed, bint zeros
+):
     cdef int[3] axes = [0, 1, 2]
     cdef int[3] places
     cdef int64_t elements = columns
     cdef int place
-    read(like, "output", &view)
     for place in (1, 2, 1):  # sorts them; equal strides stay in order
         if view.stride[axes[place - 1]] < view.stride[axes[place]]:
             axes[place - 1], axes[place] = axes[place], axes[place - 1]
@@ -277,7 +281,7 @@ cdef object empty_heads(Heads* out, const AttentionProblem* problem, like, int64
     if places[0] != 0 or places[1] != 1:
         tensor = tensor.permute(places[0], places[1], places[2], 3)
     view.data = <char*>out.data
-    set_heads(out, &view, packed)
+    store_heads(out, &view, packed)
     return tensor
 
 
