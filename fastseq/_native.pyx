@@ -2,7 +2,8 @@
 """Tensors in, one kernel call, tensors out.
 
 Knows of torch what `attach` is given, and checks what could corrupt memory: exact type, device, dtype, shape and strides
-of every tensor. What the arguments mean is written in backends/native.py, which is the only caller.
+of every tensor. What the arguments mean is written in backends/native.py, which is the only caller, or where that does
+not wrap a function, beside the function.
 """
 
 from cpython.pycapsule cimport PyCapsule_GetPointer

@@ -14,10 +14,36 @@ cdef struct AttentionProblem:
 
 
 def attention_forward(
-    q, k, v, double scale, bias, allowed, double softcap, left, right, bint lower_right, q_lengths, k_lengths, q_starts,
-    k_starts, max_q, max_k, alibi_slopes, double dropout_p, uint64_t seed, bint return_lse, out, int threads
+    q, k, v, *, double scale, bias=None, allowed=None, double softcap=0, left=None, right=None, bint lower_right=False,
+    q_lengths=None, k_lengths=None, q_starts=None, k_starts=None, max_q=None, max_k=None, alibi_slopes=None,
+    double dropout_p=0, uint64_t seed=0, bint return_lse=False, out=None
 ):
-    """(out, lse) of a whole batch; lse is None unless `return_lse`."""
+    """Scaled-dot-product attention: (out, lse).
+
+    B batch, N query heads, Nk heads of keys and values (N a multiple of Nk), L queries, S keys, D and E their widths,
+    all at least 1. Strides are any, but 1 along the last axis. The score of query i and key j is
+
+        s = scale * <q_i, k_j>, then softcap * tanh(s / softcap), + bias, - slope * |i + shift - j|, in this order
+
+    and out_i the sum of v_j weighted by the softmax over the keys that the query may see; 0 where it may see none.
+
+    Args:
+        q: (B, N, L, D), or (1, N, total, D) of a packed batch with `q_starts`, `q_lengths` and `max_q`.
+        k, v: (B, Nk, S, D) and (B, Nk, S, E), or packed in the same way.
+        bias, allowed: (B, N, L, S), expanded by the caller; the former of q's dtype, the latter bool, True where the
+            query may see the key. L and S are max_q and max_k in a packed batch.
+        softcap: 0 for none.
+        left, right: query i sees the keys j with -left <= j - (i + shift) <= right. None: all of that side.
+        lower_right: shift is the sequence's number of keys less that of queries; otherwise 0.
+        q_lengths, k_lengths: int64 (B,). Without starts, rows of results beyond them are 0, those of lse -inf.
+        q_starts, k_starts: int64 (B,), the first row of each sequence, in order. Rows in none are 0 in results.
+        max_q, max_k: of a packed batch, no length is larger.
+        alibi_slopes: float32 (B, N).
+        dropout_p: in [0, 1). The draw of a probability follows from the seed and its place (b, n, i, j) alone.
+        return_lse: also the log of the sum of exp(s), which `attention_backward` needs: (B, N, L), packed
+            (1, N, total), float64. None otherwise.
+        out: to write into. None: a new tensor whose axes have the order of q's in memory.
+    """
     cdef AttentionProblem problem
     cdef AttentionParams* p = &problem.params
     cdef Status status
@@ -25,7 +51,7 @@ def attention_forward(
     start_attention(&problem, &CPU, kDtypes)
     read_attention(
         &problem, q, k, v, scale, bias, allowed, softcap, left, right, lower_right, q_lengths, k_lengths, q_starts,
-        k_starts, max_q, max_k, alibi_slopes, dropout_p, seed, threads
+        k_starts, max_q, max_k, alibi_slopes, dropout_p, seed
     )
     if out is None:
         out = empty_heads(&p.out, &problem, problem.q, p.value_dim, problem.q_packed, problem.q_gaps)
@@ -44,11 +70,22 @@ def attention_forward(
 
 
 def attention_backward(
-    q, k, v, out, lse, dout, dlse, needs, bias_shape, double scale, bias, allowed, double softcap, left, right,
-    bint lower_right, q_lengths, k_lengths, q_starts, k_starts, max_q, max_k, alibi_slopes, double dropout_p,
-    uint64_t seed, dq, dk, dv, int threads
+    q, k, v, out, lse, dout, *, needs, dlse=None, bias_shape=None, double scale, bias=None, allowed=None,
+    double softcap=0, left=None, right=None, bint lower_right=False, q_lengths=None, k_lengths=None, q_starts=None,
+    k_starts=None, max_q=None, max_k=None, alibi_slopes=None, double dropout_p=0, uint64_t seed=0,
+    dq=None, dk=None, dv=None
 ):
-    """(dq, dk, dv, dbias); dbias in float64 for float64, else in float32. dq, dk and dv are written into where given."""
+    """The gradients (dq, dk, dv, dbias), None where `needs` says so.
+
+    Args:
+        out, lse: what `attention_forward(return_lse=True)` returned for the same arguments.
+        dout, dlse: their gradients; None for zero.
+        needs: four bools, in the order of the result.
+        bias_shape: the shape of the bias before it was expanded, 1 where it was broadcast; dbias has it. None: that of
+            `bias`.
+        dq, dk, dv: to write into, with rows of a packed batch that are in no sequence left as they are. None: new
+            tensors, laid out like q, k and v.
+    """
     cdef AttentionProblem problem
     cdef AttentionParams* p = &problem.params
     cdef Status status
@@ -57,7 +94,7 @@ def attention_backward(
     start_attention(&problem, &CPU, kDtypes)
     read_attention(
         &problem, q, k, v, scale, bias, allowed, softcap, left, right, lower_right, q_lengths, k_lengths, q_starts,
-        k_starts, max_q, max_k, alibi_slopes, dropout_p, seed, threads
+        k_starts, max_q, max_k, alibi_slopes, dropout_p, seed
     )
     read_heads(&p.out, out, "out", &problem, p.heads, problem.q_rows, p.value_dim, problem.q_packed, False)
     read_heads(&p.dout, dout, "dout", &problem, p.heads, problem.q_rows, p.value_dim, problem.q_packed, False)
@@ -76,11 +113,11 @@ def attention_backward(
     elif needs_v:
         dv = empty_heads(&p.dv, &problem, problem.v, p.value_dim, problem.k_packed, problem.k_gaps)
     if needs_bias and bias is not None:
-        dbias = empty_bias(&problem, bias_shape)
+        dbias = empty_bias(&problem, bias.shape if bias_shape is None else bias_shape)
     with nogil:
         status = active.attention[problem.dtype].backward(p[0])
     check_status(status)
-    return dq, dk, dv, dbias
+    return dq, dk, dv, dbias if dbias is None else dbias.to(q.dtype)
 
 
 cdef void start_attention(AttentionProblem* problem, const Place* place, int dtypes) noexcept:
@@ -91,7 +128,7 @@ cdef void start_attention(AttentionProblem* problem, const Place* place, int dty
 # What forward and backward share. Lengths and starts are read on the CPU.
 cdef int read_attention(
     AttentionProblem* problem, q, k, v, double scale, bias, allowed, double softcap, left, right, bint lower_right,
-    q_lengths, k_lengths, q_starts, k_starts, max_q, max_k, alibi_slopes, double dropout_p, uint64_t seed, int threads
+    q_lengths, k_lengths, q_starts, k_starts, max_q, max_k, alibi_slopes, double dropout_p, uint64_t seed
 ) except -1:
     cdef AttentionParams* p = &problem.params
     cdef View* query = &problem.q
@@ -140,7 +177,7 @@ cdef int read_attention(
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     p.dropout_p, p.seed = dropout_p, seed
-    p.threads = threads if threads > 1 else 1
+    p.threads = max(1, <int>count_threads())
     return 0
 
 

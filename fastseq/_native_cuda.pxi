@@ -91,7 +91,7 @@ cdef class CudaLibrary:
         self.start_attention(&problem, q, stream)
         read_attention(
             &problem, q, k, v, scale, bias, allowed, softcap, left, right, lower_right, q_lengths, k_lengths, q_starts,
-            k_starts, max_q, max_k, alibi_slopes, dropout_p, seed, 1
+            k_starts, max_q, max_k, alibi_slopes, dropout_p, seed
         )
         self.place_lengths(&problem, placed)
         read_heads(&p.out, out, "out", &problem, p.heads, problem.q_rows, p.value_dim, problem.q_packed, True)
@@ -118,7 +118,7 @@ cdef class CudaLibrary:
         self.start_attention(&problem, q, stream)
         read_attention(
             &problem, q, k, v, scale, bias, allowed, softcap, left, right, lower_right, q_lengths, k_lengths, q_starts,
-            k_starts, max_q, max_k, alibi_slopes, dropout_p, seed, 1
+            k_starts, max_q, max_k, alibi_slopes, dropout_p, seed
         )
         self.place_lengths(&problem, placed)
         read_heads(&p.dout, dout, "dout", &problem, p.heads, problem.q_rows, p.value_dim, problem.q_packed, False)

@@ -39,22 +39,25 @@ cdef DLPackExchangeAPI* exchange = NULL
 cdef object tensor_type = None
 cdef object parameter_type = None
 cdef object is_negated = None
+cdef object count_threads = None
 cdef object new_tensor = None
 
 
-def attach(tensor, parameter, is_neg, empty, capsule):
-    """Hands over torch: its two types, Tensor.is_neg, empty(shape, dtype name), and Tensor.__dlpack_c_exchange_api__.
+def attach(tensor, parameter, is_neg, get_num_threads, empty, capsule):
+    """Hands over torch: its two types, Tensor.is_neg, get_num_threads, empty(shape, dtype name), and the capsule
+    Tensor.__dlpack_c_exchange_api__.
 
     Without the last, or where its version is not ours, tensors are read through their Python attributes.
     Returns whether it is used.
     """
-    global tensor_type, parameter_type, is_negated, new_tensor, exchange
+    global tensor_type, parameter_type, is_negated, count_threads, new_tensor, exchange
     cdef DLPackExchangeAPI* table = NULL
     if capsule is not None:
         table = <DLPackExchangeAPI*>PyCapsule_GetPointer(capsule, b"dlpack_exchange_api")
         if table.header.version.major != <uint32_t>DLPACK_MAJOR_VERSION or table.dltensor_from_py_object_no_sync == NULL:
             table = NULL
     tensor_type, parameter_type, is_negated, new_tensor, exchange = tensor, parameter, is_neg, empty, table
+    count_threads = get_num_threads
     return table != NULL
 
 

@@ -64,7 +64,7 @@ def attach(*, empty: Callable[[tuple[int, ...], str], Tensor] = _empty, exchange
     an `empty(shape, dtype name)` that poisons what it returns. Returns whether the table is in use.
     """
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None) if exchange else None
-    return _native.attach(Tensor, torch.nn.Parameter, Tensor.is_neg, empty, capsule)
+    return _native.attach(Tensor, torch.nn.Parameter, Tensor.is_neg, torch.get_num_threads, empty, capsule)
 
 
 attach()
@@ -205,110 +205,9 @@ def recurrent_backward(
     )  # fmt: skip
 
 
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    allowed: Tensor | None = None,
-    softcap: float = 0.0,
-    left: int | None = None,
-    right: int | None = None,
-    lower_right: bool = False,
-    q_lengths: Tensor | None = None,
-    k_lengths: Tensor | None = None,
-    q_starts: Tensor | None = None,
-    k_starts: Tensor | None = None,
-    max_q: int | None = None,
-    max_k: int | None = None,
-    alibi_slopes: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: int = 0,
-    return_lse: bool = False,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Scaled-dot-product attention: (out, lse).
-
-    B batch, N query heads, Nk heads of keys and values (N a multiple of Nk), L queries, S keys, D and E their widths,
-    all at least 1. Strides are any, but 1 along the last axis. The score of query i and key j is
-
-        s = scale * <q_i, k_j>, then softcap * tanh(s / softcap), + bias, - slope * |i + shift - j|, in this order
-
-    and out_i the sum of v_j weighted by the softmax over the keys that the query may see; 0 where it may see none.
-
-    Args:
-        q: (B, N, L, D), or (1, N, total, D) of a packed batch with `q_starts`, `q_lengths` and `max_q`.
-        k, v: (B, Nk, S, D) and (B, Nk, S, E), or packed in the same way.
-        bias, allowed: (B, N, L, S), expanded by the caller; the former of q's dtype, the latter bool, True where the
-            query may see the key. L and S are max_q and max_k in a packed batch.
-        softcap: 0 for none.
-        left, right: query i sees the keys j with -left <= j - (i + shift) <= right. None: all of that side.
-        lower_right: shift is the sequence's number of keys less that of queries; otherwise 0.
-        q_lengths, k_lengths: int64 (B,). Without starts, rows of results beyond them are 0, those of lse -inf.
-        q_starts, k_starts: int64 (B,), the first row of each sequence, in order. Rows in none are 0 in results.
-        max_q, max_k: of a packed batch, no length is larger.
-        alibi_slopes: float32 (B, N).
-        dropout_p: in [0, 1). The draw of a probability follows from the seed and its place (b, n, i, j) alone.
-        return_lse: also the log of the sum of exp(s), which `attention_backward` needs: (B, N, L), packed
-            (1, N, total), float64. None otherwise.
-        out: to write into. None: a new tensor whose axes have the order of q's in memory.
-    """
-    return _native.attention_forward(
-        q, k, v, scale, bias, allowed, softcap, left, right, lower_right, q_lengths, k_lengths, q_starts, k_starts,
-        max_q, max_k, alibi_slopes, dropout_p, seed % 2**64, return_lse, out, torch.get_num_threads(),
-    )  # fmt: skip
-
-
-def attention_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    *,
-    dlse: Tensor | None = None,
-    needs: Sequence[bool],
-    bias_shape: Sequence[int] | None = None,
-    scale: float,
-    bias: Tensor | None = None,
-    allowed: Tensor | None = None,
-    softcap: float = 0.0,
-    left: int | None = None,
-    right: int | None = None,
-    lower_right: bool = False,
-    q_lengths: Tensor | None = None,
-    k_lengths: Tensor | None = None,
-    q_starts: Tensor | None = None,
-    k_starts: Tensor | None = None,
-    max_q: int | None = None,
-    max_k: int | None = None,
-    alibi_slopes: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: int = 0,
-    dq: Tensor | None = None,
-    dk: Tensor | None = None,
-    dv: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:
-    """The gradients (dq, dk, dv, dbias), None where `needs` says so.
-
-    Args:
-        out, lse: what `attention_forward(return_lse=True)` returned for the same arguments.
-        dout, dlse: their gradients; None for zero.
-        needs: four bools, in the order of the result.
-        bias_shape: the shape of the bias before it was expanded, 1 where it was broadcast; dbias has it. None: that of
-            `bias`.
-        dq, dk, dv: to write into, with rows of a packed batch that are in no sequence left as they are. None: new
-            tensors, laid out like q, k and v.
-    """
-    *gradients, dbias = _native.attention_backward(
-        q, k, v, out, lse, dout, dlse, needs, bias_shape if bias is None or bias_shape is not None else bias.shape,
-        scale, bias, allowed, softcap, left, right, lower_right, q_lengths, k_lengths, q_starts, k_starts, max_q, max_k,
-        alibi_slopes, dropout_p, seed % 2**64, dq, dk, dv, torch.get_num_threads(),
-    )  # fmt: skip
-    return *gradients, dbias if dbias is None else dbias.to(q.dtype)
+# Not wrapped either: without masks, a call on tiny tensors takes as long as what surrounds it.
+attention_forward = _native.attention_forward
+attention_backward = _native.attention_backward
 
 
 def layer_norm_forward(
