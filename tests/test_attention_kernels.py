@@ -46,7 +46,7 @@ def check(case: Case, dtype: torch.dtype, **replaced: torch.Tensor) -> None:
 
 # ---- sizes
 
-SIZES = (1, 7, 63, 65, 127, 129, 1000)
+SIZES = (1, 7, 63, 65, 127, 129, 193, 1000)
 DIMS = (1, 8, 40, 64, 80, 96, 128, 256)
 
 
