@@ -98,11 +98,12 @@ def test_no_gradient_passes():
     assert cache.lengths.tolist() == [4, 4, 4]
 
 
+@pytest.mark.parametrize("capacity", [4, 8])
 @pytest.mark.parametrize(("made", "grown"), [(False, True), (True, False), (True, True)])
-def test_room_from_inference_mode(made, grown):
+def test_room_from_inference_mode(made, grown, capacity):
     """It is written to outside as well."""
     with torch.inference_mode(made):
-        cache = make()
+        cache = make(capacity=capacity)
     with torch.inference_mode(grown):
         cache.append(rows(5), rows(5, 5))
         cache.reset([2])
