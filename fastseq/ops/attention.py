@@ -84,6 +84,10 @@ def scaled_dot_product_attention(
         The output (B, N, L, Ev), for 4-D tensors in the memory layout of the query, else contiguous; with `return_lse`
         also the lse (B, N, L), in float32 for bfloat16. A query that sees no key gives 0, and -inf for the lse.
 
+    Finite inputs with finite scores give finite results. NaN and infinities at keys that a query may not see may reach
+    its results or not, and such a query the gradients of these keys, in torch as here, but not always alike; those in
+    the padding beyond lengths reach nothing.
+
     Float32, float64 and bfloat16 on the CPU run in kernels, which compute in tiles and keep no scores. Other cases take
     torch's own op, or for the arguments beyond torch torch ops that hold all scores; `fastseq info` prints the table.
 

@@ -45,7 +45,7 @@ def layer_norm(
         residual: shaped as the input.
 
     Returns:
-        The normalized tensor, shaped as the input; with a residual also the sum z.
+        The normalized tensor, shaped as the input; with a residual also the sum z, whose strides may be others.
 
     Float32 and float64 on the CPU run in kernels where those are faster: from 2**20 elements on, with a residual and no
     gradient to record from 2**18 on; without a residual only where no gradient is recorded. All else takes torch's own
