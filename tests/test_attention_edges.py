@@ -18,6 +18,29 @@ both_routes = pytest.mark.usefixtures("route")
 
 @both_routes
 @pytest.mark.parametrize(
+    ("query", "key", "value"),
+    [
+        ((2, 3, 0, 8), (2, 3, 7, 8), (2, 3, 7, 8)),
+        ((2, 3, 5, 8), (2, 3, 0, 8), (2, 3, 0, 8)),
+        ((0, 3, 5, 8), (0, 3, 7, 8), (0, 3, 7, 8)),
+        ((2, 0, 5, 8), (2, 0, 7, 8), (2, 0, 7, 8)),
+        ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 0)),
+        ((0, 8), (7, 8), (7, 8)),
+    ],
+)
+def test_empty(query, key, value):
+    arguments = make(*query), make(*key), make(*value)
+    for options in ({}, {"is_causal": True}):
+        check(arguments, options)
+    out, lse = sdpa(*arguments, return_lse=True)
+    assert_close(out, F.scaled_dot_product_attention(*arguments))
+    assert lse.shape == query[:-1]
+    assert torch.equal(lse == -math.inf, torch.full(query[:-1], not key[-2]))
+    out.sum().backward()
+
+
+@both_routes
+@pytest.mark.parametrize(
     ("query", "key", "mask"),
     [
         ((0, 2, 3, 5, 8), (0, 2, 3, 7, 8), (0, 2, 1, 1, 1)),
