@@ -22,8 +22,9 @@ cdef class CudaLibrary:
         self.memory = kDLCPU if emulated else kDLCUDA
 
     def recurrent_forward(
-        self, cell, x, h_0, c_0, weights, batch_sizes, order, placed_order, bint packed, bint reverse, reset,
-        bint read_x, saved, y, h_n, c_n, c_all, bint float_state, uintptr_t stream
+        self, cell, x, h_0, c_0, weights, saved, y, *, h_n, c_n, c_all=None, bint read_x, batch_sizes=None,
+        order=None, placed_order=None, bint packed=False, bint reverse=False, reset=None, bint float_state=False,
+        uintptr_t stream
     ):
         """Fills y, h_n, c_n, c_all and `saved`, which holds W_ih x already, unless the kernel is to read x."""
         cdef Problem problem
@@ -32,7 +33,7 @@ cdef class CudaLibrary:
         cdef Status status
         self.start(&problem, cell, x, stream)
         kernels = self.read_layer(
-            &problem, x, h_0, c_0, weights, batch_sizes, order, placed_order, packed, reverse, reset, saved, float_state
+            &problem, x, h_0, c_0, weights, saved, batch_sizes, order, placed_order, packed, reverse, reset, float_state
         )
         if not read_x:
             p.x.data = NULL
@@ -47,8 +48,9 @@ cdef class CudaLibrary:
         self.check_status(status)
 
     def recurrent_backward(
-        self, cell, x, h_0, c_0, weights, batch_sizes, order, placed_order, bint packed, bint reverse, reset, saved,
-        y, dy, dh_n, dc_n, dc_all, dh_0, dc_0, dcarry, hidden, bint float_state, uintptr_t stream
+        self, cell, x, h_0, c_0, weights, saved, y, *, dy, dh_n, dc_n, dc_all, dh_0, dc_0, dcarry, hidden,
+        batch_sizes=None, order=None, placed_order=None, bint packed=False, bint reverse=False, reset=None,
+        bint float_state=False, uintptr_t stream
     ):
         """Fills dh_0, dc_0 and hidden, and turns `saved` into gradients."""
         cdef Problem problem
@@ -57,7 +59,7 @@ cdef class CudaLibrary:
         cdef Status status
         self.start(&problem, cell, x, stream)
         kernels = self.read_layer(
-            &problem, x, h_0, c_0, weights, batch_sizes, order, placed_order, packed, reverse, reset, saved, float_state
+            &problem, x, h_0, c_0, weights, saved, batch_sizes, order, placed_order, packed, reverse, reset, float_state
         )
         read_sequence(&p.y, required(y, "y"), "y", &problem, p.hidden_size, False)
         read_sequence(&p.dy, dy, "dy", &problem, p.hidden_size, False)
@@ -78,9 +80,9 @@ cdef class CudaLibrary:
         self.check_status(status)
 
     def attention_forward(
-        self, q, k, v, double scale, bias, allowed, double softcap, left, right, bint lower_right, q_lengths, k_lengths,
-        q_starts, k_starts, placed, max_q, max_k, alibi_slopes, double dropout_p, uint64_t seed, out, lse, new_parts,
-        uintptr_t stream
+        self, q, k, v, out, lse, *, double scale, bias=None, allowed=None, double softcap=0, left=None, right=None,
+        bint lower_right=False, q_lengths=None, k_lengths=None, q_starts=None, k_starts=None, placed, max_q=None,
+        max_k=None, alibi_slopes=None, double dropout_p=0, uint64_t seed=0, new_parts, uintptr_t stream
     ):
         """Fills out and lse. `placed` are the lengths and starts on the device; `new_parts(count)` makes work space."""
         cdef AttentionProblem problem
@@ -107,9 +109,10 @@ cdef class CudaLibrary:
         self.check_status(status)
 
     def attention_backward(
-        self, q, k, v, lse, dout, dlse, dq, dk, dv, dbias, delta, double scale, bias, allowed, double softcap,
-        left, right, bint lower_right, q_lengths, k_lengths, q_starts, k_starts, placed, max_q, max_k, alibi_slopes,
-        double dropout_p, uint64_t seed, uintptr_t stream
+        self, q, k, v, lse, dout, *, dlse=None, dq, dk, dv, dbias, delta, double scale, bias=None, allowed=None,
+        double softcap=0, left=None, right=None, bint lower_right=False, q_lengths=None, k_lengths=None, q_starts=None,
+        k_starts=None, placed, max_q=None, max_k=None, alibi_slopes=None, double dropout_p=0, uint64_t seed=0,
+        uintptr_t stream
     ):
         """Fills dq, dk, dv and dbias, None for those not wanted; `delta` is work space like lse."""
         cdef AttentionProblem problem
@@ -187,8 +190,8 @@ cdef class CudaLibrary:
     # What forward and backward share. `order` is checked where the CPU can read it; `placed_order` is its copy on the
     # device.
     cdef const RecurrentKernels* read_layer(
-        self, Problem* problem, x, h_0, c_0, weights, batch_sizes, order, placed_order, bint packed, bint reverse,
-        reset, saved, bint float_state
+        self, Problem* problem, x, h_0, c_0, weights, saved, batch_sizes, order, placed_order, bint packed,
+        bint reverse, reset, bint float_state
     ) except NULL:
         cdef RecurrentParams* p = &problem.params
         cdef const RecurrentKernels* kernels

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -196,8 +196,8 @@ class _Rows:
         sequence[place] = sequence[place] + rows if accumulate else rows
 
 
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cpu":
+def _to_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    if tensor is None or device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would wait
 
@@ -217,15 +217,14 @@ def recurrent_forward(
     batch_sizes: Tensor | None = None,
     order: Tensor | None = None,
     packed: bool = False,
-    reverse: bool = False,
-    reset: Tensor | None = None,
     save: bool = False,
     y: Tensor | None = None,
     return_c: bool = False,
     float_state: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """As `native.recurrent_forward`: (y, h_n, c_n, c_all, saved). There are no panels; `batch_sizes` and `order` are on
-    the CPU.
+    """As `native.recurrent_forward`, with its other keywords: (y, h_n, c_n, c_all, saved). There are no panels;
+    `batch_sizes` and `order` are on the CPU.
     """
     w_ih, w_hh, *_ = weights
     hidden_size, state = w_hh.shape[1], torch.float32 if float_state else x.dtype
@@ -243,8 +242,9 @@ def recurrent_forward(
     h_n = x.new_empty(batch, hidden_size, dtype=state)
     c_n = torch.empty_like(h_n) if cell == "lstm" else None
     _library.recurrent_forward(
-        cell, x, h_0, c_0, weights, batch_sizes, order, None if order is None else _to_device(order, x.device), packed,
-        reverse, reset, False, keep.flat, y, h_n, c_n, c_all, float_state, _stream(x.device),
+        cell, x, h_0, c_0, weights, keep.flat, y, h_n=h_n, c_n=c_n, c_all=c_all, read_x=False, batch_sizes=batch_sizes,
+        order=order, placed_order=_to_device(order, x.device), packed=packed, float_state=float_state,
+        stream=_stream(x.device), **options,
     )  # fmt: skip
     return y, h_n, c_n, c_all, keep.flat if save else None
 
@@ -272,8 +272,8 @@ def recurrent_step(
     h_n = x.new_empty(batch, hidden_size, dtype=state) if float_state else None
     c_n = x.new_empty(batch, hidden_size, dtype=state) if cell == "lstm" else None
     _library.recurrent_forward(
-        cell, x.unsqueeze(0), h, c, (w_ih, w_hh, b_ih, b_hh), None, None, None, False, False, None, True, keep.flat, y,
-        h_n, c_n, None, float_state, _stream(x.device),
+        cell, x.unsqueeze(0), h, c, (w_ih, w_hh, b_ih, b_hh), keep.flat, y, h_n=h_n, c_n=c_n, read_x=True,
+        float_state=float_state, stream=_stream(x.device),
     )  # fmt: skip
     y = y.squeeze_(0)
     return y, y if h_n is None else h_n, c_n, keep.flat if save else None
@@ -289,21 +289,18 @@ def recurrent_backward(
     saved: Tensor,
     isa: str,
     *,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dc_all: Tensor | None,
     needs: Sequence[bool],
     batch_sizes: Tensor | None = None,
     order: Tensor | None = None,
     packed: bool = False,
-    reverse: bool = False,
-    reset: Tensor | None = None,
     float_state: bool = False,
     dx: Tensor | None = None,
     accumulate_dx: bool = False,
+    **options: Any,
 ) -> tuple[Tensor | None, ...]:
-    """As `native.recurrent_backward`: (dx, dh_0, dc_0, dw_ih, dw_hh, db_ih, db_hh), None where `needs` says so."""
+    """As `native.recurrent_backward`, with its other keywords: (dx, dh_0, dc_0, dw_ih, dw_hh, db_ih, db_hh), None where
+    `needs` says so.
+    """
     w_ih, w_hh, b_ih, b_hh = weights
     needs_x, needs_h_0, needs_c_0, needs_w_ih, needs_w_hh, needs_b_ih, needs_b_hh = needs
     hidden_size, state = w_hh.shape[1], torch.float32 if float_state else x.dtype
@@ -315,8 +312,9 @@ def recurrent_backward(
     dcarry = x.new_empty(batch, hidden_size, dtype=saved.dtype) if keep.layout.carry else None
     hidden = x.new_empty(rows.count, hidden_size) if needs_w_hh else None
     _library.recurrent_backward(
-        cell, x, h_0, c_0, weights, batch_sizes, order, None if order is None else _to_device(order, x.device), packed,
-        reverse, reset, saved, y, dy, dh_n, dc_n, dc_all, dh_0, dc_0, dcarry, hidden, float_state, _stream(x.device),
+        cell, x, h_0, c_0, weights, saved, y, dh_0=dh_0, dc_0=dc_0, dcarry=dcarry, hidden=hidden,
+        batch_sizes=batch_sizes, order=order, placed_order=_to_device(order, x.device), packed=packed,
+        float_state=float_state, stream=_stream(x.device), **options,
     )  # fmt: skip
 
     dw_ih = dw_hh = db_ih = db_hh = None
@@ -362,36 +360,25 @@ def attention_forward(
     k: Tensor,
     v: Tensor,
     *,
-    scale: float,
-    bias: Tensor | None = None,
-    allowed: Tensor | None = None,
-    softcap: float = 0.0,
-    left: int | None = None,
-    right: int | None = None,
-    lower_right: bool = False,
     q_lengths: Tensor | None = None,
     k_lengths: Tensor | None = None,
     q_starts: Tensor | None = None,
     k_starts: Tensor | None = None,
-    max_q: int | None = None,
-    max_k: int | None = None,
-    alibi_slopes: Tensor | None = None,
-    dropout_p: float = 0.0,
     seed: int = 0,
     return_lse: bool = False,
     out: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `native.attention_forward`: (out, lse). Lengths and starts are on the CPU."""
+    """As `native.attention_forward`, with its other keywords: (out, lse). Lengths and starts are on the CPU."""
     _check_heads(q, k, v)
-    computes = compute_dtype(q.dtype)
     gaps = _gaps(q_lengths, q_starts, q)
     if out is None:
         out = _empty_heads(q, v.shape[-1], gaps)
     lse = (q.new_zeros if gaps else q.new_empty)(q.shape[:3], dtype=torch.float64) if return_lse else None
     _library.attention_forward(
-        q, k, v, scale, bias, allowed, softcap, left, right, lower_right, q_lengths, k_lengths, q_starts, k_starts,
-        _placed(q, q_lengths, k_lengths, q_starts, k_starts), max_q, max_k, alibi_slopes, dropout_p, seed % 2**64, out,
-        lse, partial(q.new_empty, dtype=computes), _stream(q.device),
+        q, k, v, out, lse, q_lengths=q_lengths, k_lengths=k_lengths, q_starts=q_starts, k_starts=k_starts,
+        placed=_placed(q, q_lengths, k_lengths, q_starts, k_starts), seed=seed % 2**64,
+        new_parts=partial(q.new_empty, dtype=compute_dtype(q.dtype)), stream=_stream(q.device), **options,
     )  # fmt: skip
     return out, lse
 
@@ -404,42 +391,34 @@ def attention_backward(
     lse: Tensor,
     dout: Tensor,
     *,
-    dlse: Tensor | None = None,
     needs: Sequence[bool],
-    bias_shape: Sequence[int] | None = None,
-    scale: float,
     bias: Tensor | None = None,
-    allowed: Tensor | None = None,
-    softcap: float = 0.0,
-    left: int | None = None,
-    right: int | None = None,
-    lower_right: bool = False,
+    bias_shape: Sequence[int] | None = None,
     q_lengths: Tensor | None = None,
     k_lengths: Tensor | None = None,
     q_starts: Tensor | None = None,
     k_starts: Tensor | None = None,
-    max_q: int | None = None,
-    max_k: int | None = None,
-    alibi_slopes: Tensor | None = None,
-    dropout_p: float = 0.0,
     seed: int = 0,
+    **options: Any,
 ) -> tuple[Tensor | None, ...]:
-    """As `native.attention_backward`: (dq, dk, dv, dbias), None where `needs` says so. `out` is not read."""
+    """As `native.attention_backward`, with its other keywords but for the tensors to write into: (dq, dk, dv, dbias),
+    None where `needs` says so. `out` is not read.
+    """
     _check_heads(q, k, v)
     needs_q, needs_k, needs_v, needs_bias = needs
-    computes = compute_dtype(q.dtype)
     q_gaps, k_gaps = _gaps(q_lengths, q_starts, q), _gaps(k_lengths, k_starts, k)
     dq = _empty_heads(q, q.shape[-1], q_gaps) if needs_q else None
     dk = _empty_heads(k, k.shape[-1], k_gaps) if needs_k else None
     dv = _empty_heads(v, v.shape[-1], k_gaps) if needs_v else None
     dbias = None
     if needs_bias and bias is not None:
-        dbias = q.new_empty(bias.shape if bias_shape is None else bias_shape, dtype=computes)
+        dbias = q.new_empty(bias.shape if bias_shape is None else bias_shape, dtype=compute_dtype(q.dtype))
     delta = q.new_empty(q.shape[:3], dtype=torch.float64)
     _library.attention_backward(
-        q, k, v, lse, dout, dlse, dq, dk, dv, dbias, delta, scale, bias, allowed, softcap, left, right,
-        lower_right, q_lengths, k_lengths, q_starts, k_starts, _placed(q, q_lengths, k_lengths, q_starts, k_starts),
-        max_q, max_k, alibi_slopes, dropout_p, seed % 2**64, _stream(q.device),
+        q, k, v, lse, dout, dq=dq, dk=dk, dv=dv, dbias=dbias, delta=delta, bias=bias, q_lengths=q_lengths,
+        k_lengths=k_lengths, q_starts=q_starts, k_starts=k_starts,
+        placed=_placed(q, q_lengths, k_lengths, q_starts, k_starts), seed=seed % 2**64, stream=_stream(q.device),
+        **options,
     )  # fmt: skip
     return dq, dk, dv, dbias if dbias is None else dbias.to(q.dtype)
 
@@ -466,4 +445,4 @@ def _gaps(lengths: Tensor | None, starts: Tensor | None, rows: Tensor) -> bool:
 
 
 def _placed(q: Tensor, *numbers: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if n is None else _to_device(n, q.device) for n in numbers)
+    return tuple(_to_device(n, q.device) for n in numbers)
