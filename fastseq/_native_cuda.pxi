@@ -1,5 +1,5 @@
-# The CUDA kernels, a library of their own that is opened at run time. All tensors come from backends/cuda.py, outputs
-# and work spaces too; what they mean for the kernels is in kernels.h.
+# The CUDA kernels, a library of their own that is opened at run time. All tensors come from backends/cuda_recurrent.py
+# and cuda_attention.py, outputs and work spaces too; what they mean for the kernels is in kernels.h.
 
 cdef class CudaLibrary:
     """The library at `path`: OSError where it does not load, ImportError where it is of another build.

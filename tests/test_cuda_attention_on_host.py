@@ -281,3 +281,13 @@ def test_a_wrong_result_is_seen(monkeypatch):
     monkeypatch.setattr(cuda, "attention_backward", damaged)
     with pytest.raises(AssertionError, match="Verdict"):
         kernels.check(Case(1, 1, 1, 33, 33, 5, 5, is_causal=True), torch.float32)
+
+
+def test_unknown_keywords():
+    (q, k, v, dout, _), options = make(1, 1, 1, 2, 3, 4, 4, torch.float32)
+    out, lse = cuda.attention_forward(q, k, v, return_lse=True, **options)
+    for unknown in ({"is_causal": True}, {"delta": None}, {"dq": q}):
+        with pytest.raises(TypeError, match="unexpected keyword argument"):
+            cuda.attention_forward(q, k, v, **options, **unknown)
+        with pytest.raises(TypeError, match=f"keyword argument '{next(iter(unknown))}'"):
+            cuda.attention_backward(q, k, v, out, lse, dout, needs=(True,) * 4, **options, **unknown)

@@ -18,7 +18,7 @@ from fastseq.verify.recurrent import Case, kernel_results, make_inputs, referenc
 if backends.select() is None:
     pytest.skip("the kernels are not built", allow_module_level=True)
 
-from fastseq.backends import cuda
+from fastseq.backends import cuda, cuda_library
 
 SHAPES = ((1, 1, 1, 1), (1, 7, 5, 33), (7, 1, 65, 7), (5, 7, 1, 65), (3, 33, 7, 33), (2, 65, 33, 1))
 OPTIONS = (
@@ -142,6 +142,11 @@ def test_what_must_not_reach_a_kernel():
     options = {"dy": y, "dh_n": None, "dc_n": None, "dc_all": None, "needs": (True,) * 7}
     with pytest.raises(ValueError, match="saved must have shape"):
         cuda.recurrent_backward(*forward, y, torch.cat((saved, saved)), "cuda", **options)
+    for unknown in ({"resets": None}, {"read_x": True}):
+        with pytest.raises(TypeError, match=f"got .* keyword argument '{next(iter(unknown))}'"):
+            cuda.recurrent_forward(*forward, **unknown)
+        with pytest.raises(TypeError, match="unexpected keyword argument"):
+            cuda.recurrent_backward(*forward, y, saved, "cuda", **options, **unknown)
 
 
 # ---- off, unless it is asked for
@@ -160,7 +165,7 @@ def test_off_by_default(monkeypatch):
 
 def test_why_it_is_off_though_asked_for(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTSEQ_CUDA", "on")
-    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "libfastseq_cuda.so")
+    monkeypatch.setattr(cuda_library, "LIBRARY", tmp_path / "libfastseq_cuda.so")
     assert "not built" in cuda.why_off()
     (tmp_path / "libfastseq_cuda.so").touch()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

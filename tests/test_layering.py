@@ -27,7 +27,7 @@ MAY_IMPORT = {
 }
 TOP_FILES = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
 # The files that may import the extension.
-BINDINGS = {"backends/native.py", "backends/cuda.py"}
+BINDINGS = {"backends/native.py", "backends/cuda_library.py"}
 
 PYTHON_FILES = sorted(PACKAGE.rglob("*.py"))
 CXX_FILES = sorted(

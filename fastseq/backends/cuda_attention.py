@@ -1,0 +1,107 @@
+"""The attention functions of `fastseq.backends.native` on tensors of a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastseq.backends.cuda_library import compute_dtype, library, stream_of, to_device
+
+__all__ = ["attention_backward", "attention_forward"]
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_lengths: Tensor | None = None,
+    k_lengths: Tensor | None = None,
+    q_starts: Tensor | None = None,
+    k_starts: Tensor | None = None,
+    seed: int = 0,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """As `native.attention_forward`, with its other keywords: (out, lse). Lengths and starts are on the CPU."""
+    _check_heads(q, k, v)
+    gaps = _gaps(q_lengths, q_starts, q)
+    if out is None:
+        out = _empty_heads(q, v.shape[-1], gaps)
+    lse = (q.new_zeros if gaps else q.new_empty)(q.shape[:3], dtype=torch.float64) if return_lse else None
+    library().attention_forward(
+        q, k, v, out, lse, q_lengths=q_lengths, k_lengths=k_lengths, q_starts=q_starts, k_starts=k_starts,
+        placed=_placed(q, q_lengths, k_lengths, q_starts, k_starts), seed=seed % 2**64,
+        new_parts=partial(q.new_empty, dtype=compute_dtype(q.dtype)), stream=stream_of(q.device), **options,
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    *,
+    needs: Sequence[bool],
+    bias: Tensor | None = None,
+    bias_shape: Sequence[int] | None = None,
+    q_lengths: Tensor | None = None,
+    k_lengths: Tensor | None = None,
+    q_starts: Tensor | None = None,
+    k_starts: Tensor | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[Tensor | None, ...]:
+    """As `native.attention_backward`, with its other keywords but for the tensors to write into: (dq, dk, dv, dbias),
+    None where `needs` says so. `out` is not read.
+    """
+    _check_heads(q, k, v)
+    needs_q, needs_k, needs_v, needs_bias = needs
+    q_gaps, k_gaps = _gaps(q_lengths, q_starts, q), _gaps(k_lengths, k_starts, k)
+    dq = _empty_heads(q, q.shape[-1], q_gaps) if needs_q else None
+    dk = _empty_heads(k, k.shape[-1], k_gaps) if needs_k else None
+    dv = _empty_heads(v, v.shape[-1], k_gaps) if needs_v else None
+    dbias = None
+    if needs_bias and bias is not None:
+        dbias = q.new_empty(bias.shape if bias_shape is None else bias_shape, dtype=compute_dtype(q.dtype))
+    delta = q.new_empty(q.shape[:3], dtype=torch.float64)
+    library().attention_backward(
+        q, k, v, lse, dout, dq=dq, dk=dk, dv=dv, dbias=dbias, delta=delta, bias=bias, q_lengths=q_lengths,
+        k_lengths=k_lengths, q_starts=q_starts, k_starts=k_starts,
+        placed=_placed(q, q_lengths, k_lengths, q_starts, k_starts), seed=seed % 2**64, stream=stream_of(q.device),
+        **options,
+    )  # fmt: skip
+    return dq, dk, dv, dbias if dbias is None else dbias.to(q.dtype)
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """What is asked of tensors before outputs can be made like them; the binding checks the rest."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions, got {tensor.dim()}")
+
+
+def _empty_heads(like: Tensor, size: int, zeros: bool) -> Tensor:
+    """A tensor like `like` but for its last size, its axes in the same order in memory."""
+    order = sorted(range(3), key=like.stride, reverse=True)
+    tensor = (like.new_zeros if zeros else like.new_empty)(*(like.shape[axis] for axis in order), size)
+    return tensor.permute(order.index(0), order.index(1), order.index(2), 3)
+
+
+def _gaps(lengths: Tensor | None, starts: Tensor | None, rows: Tensor) -> bool:
+    """True where a packed batch has rows that belong to no sequence."""
+    return starts is not None and lengths is not None and int(lengths.sum()) < rows.shape[2]
+
+
+def _placed(q: Tensor, *numbers: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(to_device(n, q.device) for n in numbers)
