@@ -1,6 +1,6 @@
 """Attention on a GPU: torch's backends one by one, and ours beside them where it is switched on.
 
-    FASTSEQ_CUDA=on PYTHONPATH=tests python bench/bench_cuda_attention.py --output cuda_attention.json
+    FASTSEQ_CUDA=on python bench/bench_cuda_attention.py --output cuda_attention.json
 
 TFLOP/s of medians, measured with CUDA events, turn by turn. Of a forward pass 4 B N L S D flops count, half of them if
 causal; of a backward pass 2.5 times as many. Sequences of S tokens with B S = 16384 and N D = 2048, as in Dao 2023
@@ -12,14 +12,13 @@ wrong result. A backend that refuses a call, or runs out of memory, has no time.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from bench_cuda_recurrent import race
+from gpu import DTYPES, begin, make_parser, race, tabulate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -33,7 +32,7 @@ PEERS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+NAMES = (*PEERS, "ours")
 # Of the largest value of the output and of each gradient.
 LARGEST_ERROR = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 2e-5}
 
@@ -169,45 +168,26 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict]:
                 yield row
 
 
+def cells(row: dict) -> list[str]:
+    rates = row.get("gigabytes") or row.get("tflops", {})
+    heads = f"{row['N']}/{row['kv_heads']}" if row["N"] != row["kv_heads"] else str(row["N"])
+    sizes = f"{row['B']}, {heads}, {row['L']}, {row['S']}, {row['D']}"
+    numbers = [f"{rates[name]:.1f}" if name in rates else "" for name in NAMES]
+    numbers[-1] = "WRONG" if row["wrong"] else numbers[-1]
+    return [row["kind"], sizes, row["dtype"], row["mode"], *numbers]
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=("bfloat16", "float32"))
+    parser = make_parser(__doc__.splitlines()[0], ("bfloat16", "float32"))
     parser.add_argument("--longest", type=int, default=TOKENS, help="no longer sequences")
-    parser.add_argument("--tf32", action="store_true", help="TF32 in torch's products of float32")
     parser.add_argument("--deterministic", action="store_true", help="torch's deterministic backward")
-    parser.add_argument("--seconds", type=float, default=0.2, help="for a row")
-    parser.add_argument("--output", help="a JSON file for the rows")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("skipped: torch sees no GPU")
+    arguments = begin(parser)
+    if arguments is None:
         return 0
-    torch.backends.cuda.matmul.allow_tf32 = arguments.tf32
     torch.use_deterministic_algorithms(arguments.deterministic, warn_only=True)
-    machine = {
-        "GPU": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuDNN": torch.backends.cudnn.version(),
-        "TF32": arguments.tf32,
-        "deterministic": arguments.deterministic,
-        "ours": backends.select_cuda() is not None,
-    }
-    print(", ".join(f"{key} {value}" for key, value in machine.items()) + "\n")
-    print("TFLOP/s; decoding: GB/s\n")
-    names = [*PEERS, "ours"]
-    print(f"| | B, N, L, S, D | dtype | mode | {' | '.join(names)} |\n|---|---|---|---|{'---|' * len(names)}")
-    rows = []
-    for row in measure(arguments):
-        rows.append(row)
-        rates = row.get("gigabytes") or row.get("tflops", {})
-        heads = f"{row['N']}/{row['kv_heads']}" if row["N"] != row["kv_heads"] else str(row["N"])
-        sizes = f"{row['B']}, {heads}, {row['L']}, {row['S']}, {row['D']}"
-        cells = [f"{rates[name]:.1f}" if name in rates else "" for name in names]
-        cells[-1] = "WRONG" if row["wrong"] else cells[-1]
-        print(f"| {' | '.join([row['kind'], sizes, row['dtype'], row['mode'], *cells])} |", flush=True)
-        if arguments.output:
-            with open(arguments.output, "w", encoding="utf-8") as file:
-                json.dump({"machine": machine, "rows": rows}, file, indent=1)
-    return 1 if any(row["wrong"] for row in rows) else 0
+    columns = "", "B, N, L, S, D", "dtype", "mode", *NAMES
+    title = "TFLOP/s; decoding: GB/s"
+    return tabulate(measure(arguments), columns, cells, arguments, title, deterministic=arguments.deterministic)
 
 
 if __name__ == "__main__":

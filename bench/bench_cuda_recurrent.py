@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 
 import torch
+from gpu import DTYPES, begin, make_parser, race, tabulate
 from peers import Job, converted, flat, grad_mode
 from shapes import SMALL, Shape
 from torch import nn
@@ -31,7 +30,6 @@ SIZES = ((16, 1024, 768), (64, 100, 512), (1, 256, 256), (20, 300, 800), (64, 16
 if SMALL:
     SIZES = ((3, 5, 8),)
 KINDS = {"one direction": {}, "packed": {"packed": True}, "two directions": {"bidirectional": True}}
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 MODULES = ("LSTM", "GRU", "RNN")
 MODES = ("forward", "training")
 # Of the largest value of each output and gradient: that of the state's dtype, over long sums.
@@ -66,30 +64,6 @@ def error(job: Job, exact: dict[str, torch.Tensor]) -> float:
     return max(float((results[n] - e).abs().max() / e.abs().max().clamp(min=1e-30)) for n, e in exact.items())
 
 
-def race(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """The median time of each in milliseconds, turn by turn."""
-    times = {name: [] for name in calls}
-    for warm_up in (True, True, False):
-        for name, call in calls.items():
-            times[name].append(milliseconds(call))
-        if warm_up:
-            times = {name: [] for name in calls}
-    rounds = max(5, int(1e3 * seconds / sum(t[0] for t in times.values())))
-    for _ in range(min(rounds, 200)):
-        for name, call in calls.items():
-            times[name].append(milliseconds(call))
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
-def milliseconds(call: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
 def measure(arguments: argparse.Namespace) -> Iterator[dict]:
     for name, (B, T, H), (kind, options), dtype, mode in product(
         arguments.module, SIZES, KINDS.items(), arguments.dtype, MODES
@@ -110,39 +84,21 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict]:
             yield row | race({who: job.call for who, job in contenders.items()}, arguments.seconds)
 
 
+def cells(row: dict) -> tuple[str, ...]:
+    times = f"{row['torch']:.3f}" if "torch" in row else "", f"{row['ours']:.3f}" if "ours" in row else ""
+    ratio = f"{row['torch'] / row['ours']:.2f}" if "ours" in row else "WRONG" if row.get("wrong") else ""
+    sizes = f"{row['B']}, {row['T']}, {row['H']}"
+    return row["module"], sizes, row["kind"], row["dtype"], row["mode"], *times, ratio
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0], tuple(DTYPES))
     parser.add_argument("--module", nargs="+", choices=MODULES, default=MODULES)
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=tuple(DTYPES))
-    parser.add_argument("--tf32", action="store_true", help="TF32 in the products of float32")
-    parser.add_argument("--seconds", type=float, default=0.2, help="for a row")
-    parser.add_argument("--output", help="a JSON file for the rows")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("skipped: torch sees no GPU")
+    arguments = begin(parser)
+    if arguments is None:
         return 0
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.tf32
-    machine = {
-        "GPU": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuDNN": torch.backends.cudnn.version(),
-        "TF32": arguments.tf32,
-        "ours": backends.select_cuda() is not None,
-    }
-    print(", ".join(f"{key} {value}" for key, value in machine.items()) + "\n")
-    print("| module | B, T, H | | dtype | mode | torch, ms | ours, ms | ratio |\n|---|---|---|---|---|---|---|---|")
-    rows = []
-    for row in measure(arguments):
-        rows.append(row)
-        times = f"{row['torch']:.3f}" if "torch" in row else "", f"{row['ours']:.3f}" if "ours" in row else ""
-        ratio = f"{row['torch'] / row['ours']:.2f}" if "ours" in row else "WRONG" if row.get("wrong") else ""
-        sizes = f"{row['B']}, {row['T']}, {row['H']}"
-        cells = row["module"], sizes, row["kind"], row["dtype"], row["mode"], *times, ratio
-        print(f"| {' | '.join(cells)} |", flush=True)
-        if arguments.output:
-            with open(arguments.output, "w", encoding="utf-8") as file:
-                json.dump({"machine": machine, "rows": rows}, file, indent=1)
-    return 1 if any(row.get("wrong") for row in rows) else 0
+    columns = "module", "B, T, H", "", "dtype", "mode", "torch, ms", "ours, ms", "ratio"
+    return tabulate(measure(arguments), columns, cells, arguments)
 
 
 if __name__ == "__main__":
