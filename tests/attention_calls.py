@@ -8,7 +8,6 @@ from fastseq import backends
 
 native = backends.select()
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 NAMES = ("dq", "dk", "dv", "dbias")
 
 

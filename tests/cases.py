@@ -9,11 +9,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import pytest
+import torch
 
 from fastseq.reference import EPS, error_rule
 
 __all__ = [
     "CELLS",
+    "CUDA_DTYPES",
+    "DTYPES",
     "EPS",
     "LONG_SHAPES",
     "SHAPES",
@@ -25,6 +29,8 @@ __all__ = [
     "Variant",
     "assert_close",
     "central_differences",
+    "each_cuda_dtype",
+    "each_dtype",
     "error_rule",
     "random_inputs",
     "random_lengths",
@@ -32,6 +38,15 @@ __all__ = [
 ]
 
 CELLS = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}  # and their numbers of gates
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # of the kernels on the CPU
+CUDA_DTYPES = (*DTYPES, torch.float16)
+
+
+def _each(dtypes: tuple[torch.dtype, ...]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("dtype", dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+each_dtype, each_cuda_dtype = _each(DTYPES), _each(CUDA_DTYPES)
 
 
 class Shape(NamedTuple):

@@ -25,6 +25,12 @@ def route(request):
         yield request.param
 
 
+@pytest.fixture
+def native():
+    """The kernels' backend."""
+    return pytest.importorskip("fastseq.backends.native", reason="the extension is not built")
+
+
 @pytest.fixture(scope="session")
 def compiler():
     """The C++ compiler."""

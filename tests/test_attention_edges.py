@@ -56,9 +56,9 @@ def test_empty_batches_with_masks(query, key, mask):
 
 
 @pytest.mark.parametrize(("size", "value_size"), [(8, 0), (0, 3), (0, 0)])
+@pytest.mark.usefixtures("native")
 def test_no_features(size, value_size, monkeypatch):
     """The kernels keep the scores out of memory."""
-    pytest.importorskip("fastseq.backends.native", reason="the extension is not built")
     q, k, v = make(2, 4, 5, size), make(2, 2, 7, size), make(2, 2, 7, value_size)
     options = {"window": (2, 1), "enable_gqa": True, "return_lse": True}
     with fastseq.backends.use_backend("torch"):

@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from attention_calls import DTYPES, NAMES, heads, make, run
+from attention_calls import NAMES, heads, make, run
+from cases import DTYPES, each_dtype
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastseq.verify import attention, judge
@@ -17,8 +18,6 @@ from fastseq.verify.attention import Case, kernel_results, make_inputs, referenc
 from fastseq.verify.tensors import exact_dtype
 
 native = pytest.importorskip("fastseq.backends.native", reason="the extension is not built")
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 @pytest.fixture(autouse=True)

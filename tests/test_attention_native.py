@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_calls import DTYPES, NAMES, make, run
+from attention_calls import NAMES, make, run
+from cases import each_dtype
 
 from fastseq.verify.tensors import poisoned_memory
 
 native = pytest.importorskip("fastseq.backends.native", reason="the extension is not built")
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 @pytest.fixture(autouse=True)

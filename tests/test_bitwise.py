@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CELLS
+from cases import CELLS, DTYPES, each_dtype
 
 import fastseq
 from fastseq import backends
@@ -18,7 +18,6 @@ MODULES = {
     "lstm": fastseq.LSTM,
     "gru": fastseq.GRU,
 }
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 @pytest.fixture(params=native.isas())
@@ -49,7 +48,7 @@ def all_equal(results, expected):
     return all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_dtype
 @pytest.mark.parametrize("cell", CELLS)
 def test_threads(cell, dtype, isa):
     """Split by units, by rows (B = 70, small weights), with lengths and resets; all large enough for a team."""
@@ -112,7 +111,7 @@ def test_bfloat16_chunks_with_a_float32_state(cell, isa):
     assert c is None or torch.equal(c, c_n)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_dtype
 @pytest.mark.parametrize("cell", CELLS)
 def test_frozen_steps(cell, dtype):
     """`step` of a frozen module is the sequence, bit by bit; in bfloat16 because it passes the state on in float32."""
@@ -128,7 +127,7 @@ def test_frozen_steps(cell, dtype):
     assert torch.equal(torch.stack(parts), y)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_dtype
 @pytest.mark.parametrize("cell", CELLS)
 def test_rows_do_not_see_each_other(cell, dtype, isa):
     inputs = make_inputs(cell, Case(6, 65, 63, 33), dtype)

@@ -26,13 +26,6 @@ def same_threads():
 
 
 @pytest.fixture
-def native():
-    module, reason = info.load_kernels()
-    assert module is not None, reason
-    return module
-
-
-@pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("def the_quick_brown_fox(jumps):\n    return jumps\n\n\n" * 60, encoding="utf-8")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from attention_calls import make
+from cases import CUDA_DTYPES, each_cuda_dtype
 from test_attention_kernels import AXES
 from test_cuda_attention_on_host import OPTIONS, decoding_agrees, multihead_agrees, samples_agree
 from torch.autograd import gradcheck
@@ -32,9 +33,7 @@ if cuda.why_off():
 
 sdpa = fastseq.scaled_dot_product_attention
 DEVICE = "cuda"
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.filterwarnings("ignore:fastseq's CUDA kernels:RuntimeWarning")
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 # What a call may ask for, none of which waits for the GPU or copies to it.
 CALLS = (
     {"is_causal": True},
@@ -67,13 +66,13 @@ def check(case, dtype, seed=0, **replaced):
     assert verdict.ok, f"{case}: {verdict}"
 
 
-@each_dtype
+@each_cuda_dtype
 def test_every_case(dtype):
     for seed, case in enumerate(attention.cases(str(dtype).removeprefix("torch."))):
         check(case, dtype, seed)
 
 
-@each_dtype
+@each_cuda_dtype
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
 def test_odd_sizes(options, dtype):
     """Also what bench/cuda_check.sh runs under compute-sanitizer."""
@@ -81,7 +80,7 @@ def test_odd_sizes(options, dtype):
         check(Case(*shape, **options), dtype)
 
 
-@each_dtype
+@each_cuda_dtype
 @pytest.mark.parametrize("D", [1, 8, 16, 40, 64, 80, 96, 128, 129, 192, 256, 300])
 def test_widths(D, dtype):
     for S in (1, 63, 129):
@@ -90,7 +89,7 @@ def test_widths(D, dtype):
     check(Case(1, 2, 1, 65, 70, 24, D), dtype)
 
 
-@each_dtype
+@each_cuda_dtype
 def test_long(dtype):
     if dtype is torch.float64:
         pytest.skip("longdouble would take minutes; the same code serves float32")
@@ -158,10 +157,10 @@ def test_calls_take_the_kernels(options, monkeypatch):
 
     record("attention_forward")
     record("attention_backward")
-    for dtype in DTYPES:
+    for dtype in CUDA_DTYPES:
         _, leaves, call = call_of(options, dtype)
         results_of(leaves=leaves, **call)
-    assert called == ["attention_forward", "attention_backward"] * len(DTYPES)
+    assert called == ["attention_forward", "attention_backward"] * len(CUDA_DTYPES)
 
 
 def test_samples_of_torch():
@@ -194,7 +193,7 @@ def test_lengths_and_packed_batches_agree():
     assert torch.equal(packed, pack(padded))
 
 
-@each_dtype
+@each_cuda_dtype
 def test_decoding_with_a_cache(dtype):
     decoding_agrees(dtype, DEVICE)
 

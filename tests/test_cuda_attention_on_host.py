@@ -10,6 +10,7 @@ import test_attention_kernels as kernels
 import test_attention_native as binding
 import torch
 from attention_calls import NAMES, make, run
+from cases import CUDA_DTYPES, each_cuda_dtype
 from test_attention import OPINFO
 from torch.nn.functional import scaled_dot_product_attention as torchs
 
@@ -25,7 +26,6 @@ if backends.select() is None:
 
 from fastseq.backends import cuda
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Within a tile and beyond it, one and many, groups of heads, values of another size.
 SHAPES = {
     torch.float32: ((1, 1, 1, 1, 1, 1, 1), (2, 3, 3, 7, 33, 8, 8), (1, 2, 1, 65, 7, 33, 65), (2, 4, 2, 33, 65, 20, 12)),
@@ -55,8 +55,6 @@ OPTIONS = (
     },
 )  # fmt: skip
 
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
 
 @pytest.fixture(autouse=True)
 def on_host(cuda_on_host, monkeypatch):
@@ -68,14 +66,14 @@ def on_host(cuda_on_host, monkeypatch):
         yield
 
 
-@each_dtype
+@each_cuda_dtype
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
 def test_every_option(options, dtype):
     for shape in SHAPES[dtype]:
         kernels.check(Case(*shape, **options), dtype)
 
 
-@each_dtype
+@each_cuda_dtype
 def test_sizes_about_a_tile(dtype):
     for S in (15, 16, 31, 32, 33, 63, 64):
         kernels.check(Case(1, 1, 1, S, S + 1, 3, 2), dtype)
@@ -103,7 +101,7 @@ def test_window(window):
         kernels.check(Case(1, 4, 2, L, S, 4, 4, window=window, lower_right=lower_right), torch.float32)
 
 
-@each_dtype
+@each_cuda_dtype
 @pytest.mark.parametrize(("N", "L", "S"), [(1, 1, 1000), (8, 1, 515), (2, 5, 600), (1, 33, 600)])
 def test_parts_of_the_keys(N, L, S, dtype):
     """Few rows against many keys: the results of several blocks are merged."""
@@ -124,7 +122,7 @@ def test_lengths():
 
 def test_large_scores():
     for logits in (16.0, 60.0):
-        for dtype in DTYPES:
+        for dtype in CUDA_DTYPES:
             kernels.check(Case(1, 2, 1, 33, 130, 16, 16, logits=logits), dtype)
 
 
@@ -259,7 +257,7 @@ def test_samples_of_torch(called):
     assert called.count("attention_backward") > 10
 
 
-@each_dtype
+@each_cuda_dtype
 def test_decoding_with_a_cache(called, dtype):
     decoding_agrees(dtype, "cpu")
     assert called == ["attention_forward"] * 7

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import error_rule
+from cases import each_dtype, error_rule
 from models import assert_close
 from test_module_info import build, leaves, samples
 from torch import nn
@@ -22,15 +22,8 @@ from fastseq.ops import LayerNormFunction
 from fastseq.reference import layernorm_backward, layernorm_forward
 
 FEATURES = (1, 7, 63, 65, 129, 1000)
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 LAYOUTS = (lambda t: t.transpose(0, 1), lambda t: t[..., ::2], lambda t: t[:1].expand_as(t))
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 module = sys.modules[LayerNormFunction.__module__]  # its name in the package is that of the function
-
-
-@pytest.fixture
-def native():
-    return pytest.importorskip("fastseq.backends.native", reason="the extension is not built")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import error_rule
+from cases import each_dtype, error_rule
 from models import assert_close
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -18,14 +18,7 @@ from fastseq import backends
 from fastseq.ops import LinearFunction
 from fastseq.verify import judge, linear
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 module = sys.modules[LinearFunction.__module__]
-
-
-@pytest.fixture
-def native():
-    return pytest.importorskip("fastseq.backends.native", reason="the extension is not built")
 
 
 @pytest.fixture

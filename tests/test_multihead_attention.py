@@ -121,10 +121,9 @@ def test_arguments(kwargs, layout, need_weights):
 
 
 @pytest.fixture
-def masks_of_kernels(monkeypatch):
+def masks_of_kernels(native, monkeypatch):
     """The masks that reach the kernels."""
-    seen, native = [], pytest.importorskip("fastseq.backends.native", reason="the extension is not built")
-    forward = native.attention_forward
+    seen, forward = [], native.attention_forward
 
     def watched(*args, **options):
         seen.extend(m for name in ("bias", "allowed") if (m := options.get(name)) is not None)

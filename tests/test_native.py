@@ -7,16 +7,14 @@ import weakref
 
 import pytest
 import torch
-from cases import CELLS, TOLERANCES
+from cases import CELLS, TOLERANCES, each_dtype
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
 native = pytest.importorskip("fastseq.backends.native", reason="the extension is not built")
 
 T, B, I, H = 7, 5, 9, 11  # noqa: E741
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 each_cell = pytest.mark.parametrize("cell", CELLS)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 @pytest.fixture(autouse=True)
