@@ -19,14 +19,13 @@ __global__ void __launch_bounds__(256) attention_dq(const __grid_constant__ Atte
   constexpr int kM = Tile::kM, kN = Tile::kN;
   __shared__ typename QueryRows<S>::Memory memory;
   __shared__ typename Tile::Weights weights;
-  const Block block(p, ceil_div(group_of(p) * p.queries, Tile::kRows));
-  const int64_t first = block.index * Tile::kRows, end = min(first + Tile::kRows, group_of(p) * p.queries);
+  const RowBlock block(p, Tile::kRows);
   const int64_t first_column = int64_t(blockIdx.y) * kChunks * Tile::kColumns;
   QueryRows<S> rows(p, memory, block.b, block.kv_head);
-  rows.take(first, end);
+  rows.take(block.first, block.end);
 
   T dq[kChunks][kM][kN] = {};
-  const Range seen = keys_of_rows(p, rows.scores.window, first, end);
+  const Range seen = keys_of_rows(p, rows.scores.window, block.first, block.end);
   for (int64_t key = seen.begin / Tile::kColumns * Tile::kColumns; key < seen.end; key += Tile::kColumns) {
     rows.differentiate(key, [&](int m, int j, T probability, T gradient, T, T derivative) {
       weights.at[Tile::column() + j][Tile::row() + m] = probability * (gradient - rows.delta[m]) * derivative;
@@ -58,7 +57,7 @@ __global__ void __launch_bounds__(256) attention_dk_dv(const __grid_constant__ A
   __shared__ typename QueryRows<S>::Memory memory;
   __shared__ typename Tile::Weights weights;  // a row of it is a query row, a column a key
   const Block block(p, ceil_div(p.keys, Tile::kColumns));
-  const int64_t key = block.index * Tile::kColumns, group_rows = group_of(p) * p.queries;
+  const int64_t key = block.index * Tile::kColumns, group_rows = rows_of_group(p);
   const int64_t first_column = int64_t(blockIdx.y) * kChunks * Tile::kColumns;
   QueryRows<S> rows(p, memory, block.b, block.kv_head);
   const int keys = max(int64_t(0), min(rows.extent.keys - key, int64_t(Tile::kColumns)));
@@ -114,11 +113,11 @@ struct AttentionBackward {
   static Status run(const AttentionParams& p) {
     const DeviceGuard guard(p.device.index);
     cudaError_t status = guard.status();
-    const int64_t row_blocks = p.batch * p.kv_heads * ceil_div(group_of(p) * p.queries, Tile::kRows);
+    const int64_t query_blocks = row_blocks(p, Tile::kRows);
     const int64_t key_blocks = p.batch * p.kv_heads * ceil_div(p.keys, Tile::kColumns);
-    if (status == cudaSuccess) status = launch_blocks(p.device, attention_delta<S>, row_blocks, 1, 256, p);
+    if (status == cudaSuccess) status = launch_blocks(p.device, attention_delta<S>, query_blocks, 1, 256, p);
     if (status == cudaSuccess && p.dq.data)
-      status = queue(p, attention_dq<S, kAll / 2>, attention_dq<S, kAll>, row_blocks, p.head_dim);
+      status = queue(p, attention_dq<S, kAll / 2>, attention_dq<S, kAll>, query_blocks, p.head_dim);
     const int64_t width = max(p.dk.data ? p.head_dim : int64_t(0), p.dv.data ? p.value_dim : int64_t(0));
     if (status == cudaSuccess && width)
       status = queue(p, attention_dk_dv<S, kAll / 2>, attention_dk_dv<S, kAll>, key_blocks, width);

@@ -15,7 +15,7 @@ struct Parts {
   int64_t count, keys;
 
   Parts(const AttentionParams& p, int64_t rows_of_tile, int64_t keys_of_tile) {
-    const int64_t blocks = p.batch * p.kv_heads * ceil_div(group_of(p) * p.queries, rows_of_tile);
+    const int64_t blocks = row_blocks(p, rows_of_tile);
     const int64_t wanted = blocks ? max(int64_t(1), min(ceil_div(kBlocks, blocks), p.keys / kLeastKeys)) : int64_t(1);
     keys = ceil_div(ceil_div(p.keys, wanted), keys_of_tile) * keys_of_tile;
     count = keys ? ceil_div(p.keys, keys) : 1;
@@ -72,14 +72,13 @@ __global__ void __launch_bounds__(256, kM == 1 ? 2 : 1)
   __shared__ typename Tile::Partials partials;
   __shared__ Row rows[Tile::kRows];
 
-  const Block block(p, ceil_div(group_of(p) * p.queries, Tile::kRows));
+  const RowBlock block(p, Tile::kRows);
   const int64_t b = block.b, part = blockIdx.y % parts.count;
   const int64_t first_column = blockIdx.y / parts.count * kChunks * Tile::kColumns;
-  const int64_t first = block.index * Tile::kRows, end = min(first + Tile::kRows, group_of(p) * p.queries);
-  const int count = end - first;
+  const int count = block.end - block.first;
   const Extent extent(p, b);
   const Scores<S> scores(p, extent, b);
-  if (threadIdx.x < Tile::kRows) rows[threadIdx.x] = Row(p, extent, block.kv_head, first + threadIdx.x);
+  if (threadIdx.x < Tile::kRows) rows[threadIdx.x] = Row(p, extent, block.kv_head, block.first + threadIdx.x);
   __syncthreads();
   const auto q = [&](int r, int64_t c) {
     const Row& row = rows[r];
@@ -90,7 +89,7 @@ __global__ void __launch_bounds__(256, kM == 1 ? 2 : 1)
 #pragma unroll
   for (int m = 0; m < kM; ++m) softmax[m] = {kNever<T>, T(0)};
   T values[kChunks][kM][kN] = {};
-  const Range seen = keys_of_rows(p, scores.window, first, end);
+  const Range seen = keys_of_rows(p, scores.window, block.first, block.end);
   const int64_t begin = max(part * parts.keys, seen.begin / Tile::kColumns * Tile::kColumns);
   const int64_t stop = min((part + 1) * parts.keys, seen.end);
   for (int64_t key = begin; key < stop; key += Tile::kColumns) {
@@ -171,9 +170,9 @@ template <class S>
 __global__ void __launch_bounds__(128) merge_parts(const __grid_constant__ AttentionParams p, const Parts parts) {
   using T = Compute<S>;
   using V = Lane<T>;
-  const int64_t group = blockIdx.x / (group_of(p) * p.queries), b = group / p.kv_heads;
+  const int64_t group = blockIdx.x / rows_of_group(p), b = group / p.kv_heads;
   const Extent extent(p, b);
-  const Row row(p, extent, group % p.kv_heads, blockIdx.x % (group_of(p) * p.queries));
+  const Row row(p, extent, group % p.kv_heads, blockIdx.x % rows_of_group(p));
   const PartialResults<T> results(p, parts.count);
   const int64_t first = ((b * p.heads + row.n) * p.queries + row.i) * parts.count;
   for (int64_t column = threadIdx.x; column < p.value_dim; column += blockDim.x) {
@@ -194,7 +193,7 @@ struct AttentionForward {
   static constexpr int kColumns = kColumnsOfTile<T>, kM = kColumns / 16;
 
   // With few rows, a tile of one row for a thread.
-  static bool few_rows(const AttentionParams& p) { return group_of(p) * p.queries <= 16; }
+  static bool few_rows(const AttentionParams& p) { return rows_of_group(p) <= 16; }
   static Parts parts_of(const AttentionParams& p) { return Parts(p, few_rows(p) ? 16 : 16 * kM, kColumns); }
   static int64_t parts_bytes(const AttentionParams& p) { return PartialResults<T>::bytes(p, parts_of(p).count); }
 
@@ -214,7 +213,7 @@ struct AttentionForward {
     constexpr int kAll = kWidth / kColumns;
     const auto kernel = p.value_dim <= kWidth / 2 ? attention_forward<S, kRowsOfThread, kAll / 2>
                                                   : attention_forward<S, kRowsOfThread, kAll>;
-    const int64_t blocks = p.batch * p.kv_heads * ceil_div(group_of(p) * p.queries, 16 * kRowsOfThread);
+    const int64_t blocks = row_blocks(p, 16 * kRowsOfThread);
     return launch_blocks(p.device, kernel, blocks, parts.count * column_blocks(p.value_dim), 256, p, parts);
   }
 };

@@ -114,13 +114,12 @@ __global__ void __launch_bounds__(256) attention_delta(const __grid_constant__ A
   constexpr int kM = Tile::kM;
   __shared__ typename QueryRows<S>::Memory memory;
   __shared__ typename Tile::Partials partials;
-  const Block block(p, ceil_div(group_of(p) * p.queries, Tile::kRows));
-  const int64_t first = block.index * Tile::kRows, end = min(first + Tile::kRows, group_of(p) * p.queries);
+  const RowBlock block(p, Tile::kRows);
   QueryRows<S> rows(p, memory, block.b, block.kv_head);
-  rows.take(first, end);
+  rows.take(block.first, block.end);
 
   T sum[kM] = {}, total[kM] = {};
-  const Range seen = keys_of_rows(p, rows.scores.window, first, end);
+  const Range seen = keys_of_rows(p, rows.scores.window, block.first, block.end);
   for (int64_t key = seen.begin / Tile::kColumns * Tile::kColumns; key < seen.end; key += Tile::kColumns)
     rows.differentiate(key, [&](int m, int, T probability, T gradient, T, T) {
       sum[m] = ::fma(probability, gradient, sum[m]);

@@ -33,6 +33,7 @@ __device__ T* element_of(T* data, const int64_t* strides, int64_t b, int64_t n, 
 }
 
 __host__ __device__ inline int64_t group_of(const AttentionParams& p) { return p.heads / p.kv_heads; }
+__host__ __device__ inline int64_t rows_of_group(const AttentionParams& p) { return group_of(p) * p.queries; }
 
 // A query of the rows that share a head of keys: the L queries of its first query head, then those of the second, and
 // so on. So the heads of a group are together in a thread block, and keys are read once for all of them.
@@ -44,7 +45,7 @@ struct Row {
   __device__ Row(const AttentionParams& p, const Extent& extent, int64_t kv_head, int64_t r)
       : n(kv_head * group_of(p) + r / p.queries),
         i(r % p.queries),
-        exists(r < group_of(p) * p.queries),
+        exists(r < rows_of_group(p)),
         active(exists && i < extent.queries) {}
 };
 
@@ -65,6 +66,21 @@ struct Block {
         index(count - 1 - blockIdx.x % count) {
   }  // with a causal mask, the last rows see the most keys: they start first
 };
+
+// In a grid of tiles of query rows, the rows [first, end) of its group that a block has.
+struct RowBlock : Block {
+  int64_t first, end;
+
+  __device__ RowBlock(const AttentionParams& p, int64_t rows_of_tile)
+      : Block(p, ceil_div(rows_of_group(p), rows_of_tile)),
+        first(index * rows_of_tile),
+        end(min(first + rows_of_tile, rows_of_group(p))) {}
+};
+
+// How many blocks that grid has along x.
+inline int64_t row_blocks(const AttentionParams& p, int64_t rows_of_tile) {
+  return p.batch * p.kv_heads * ceil_div(rows_of_group(p), rows_of_tile);
+}
 
 // As `launch`, for any number of blocks.
 template <class... Params, class... Args>
