@@ -187,7 +187,13 @@ class TestFunction:
             with context:
                 assert_close(fastseq.layer_norm(x, normalized, weight, bias), F.layer_norm(x, normalized, weight, bias))
                 assert_close(fastseq.layer_norm(x, normalized, weight, bias, residual=residual)[1], x + residual)
-        assert_close(fastseq.layer_norm(x, normalized, weight, bias), F.layer_norm(x, normalized, weight, bias))
+        alone, *inputs = (t for t in inputs if t is not residual)
+
+        def gradients(y):
+            return y, *torch.autograd.grad(y.sin().sum(), [alone, *inputs])
+
+        ours, theirs = (f(x, normalized, weight, bias) for f in (fastseq.layer_norm, F.layer_norm))
+        assert_close(gradients(ours), gradients(theirs))
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_layouts(self, layout):
@@ -198,6 +204,8 @@ class TestFunction:
         assert_close((y, z), (expected, x + residual))
         dy = layout(make(4, 6, 10, seed=2))
         assert_close(torch.autograd.grad(y, (x, residual), dy), torch.autograd.grad(expected, (x, residual), dy))
+        y, expected = (f(x, size) for f in (fastseq.layer_norm, F.layer_norm))
+        assert_close((y, torch.autograd.grad(y, x, dy)), (expected, torch.autograd.grad(expected, x, dy)))
 
     def test_which_gradients(self):
         """Some inputs frozen, only one of the results used, twice through a graph, results changed in place."""
@@ -221,6 +229,11 @@ class TestFunction:
         z += 1
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
+        x = x.clone()
+        y = fastseq.layer_norm(x, (7,), weight, bias)
+        x += 1
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
 
     def test_gradcheck(self):
         def call(x, residual, weight, bias):
@@ -230,6 +243,9 @@ class TestFunction:
         assert gradcheck(call, inputs)
         assert gradgradcheck(call, inputs)
         assert gradcheck(lambda x: fastseq.layer_norm(x, (3, 5), residual=x), inputs[:1])
+        alone = [inputs[i] for i in (0, 2, 3)]
+        assert gradcheck(lambda x, *affine: fastseq.layer_norm(x, (5,), *affine), alone)
+        assert gradgradcheck(lambda x, *affine: fastseq.layer_norm(x, (5,), *affine), alone)
 
     def test_transforms(self):
         x, residual, weight, bias = operands(3, 5, 7, requires_grad=False)
@@ -246,6 +262,9 @@ class TestFunction:
         assert_close(vmap(ours)(x, residual), vmap(theirs)(x, residual))
         assert_close(jvp(ours, (x, residual), (x, x)), jvp(theirs, (x, residual), (x, x)))
         assert_close(hessian(ours)(x[0], residual[0]), hessian(theirs)(x[0], residual[0]))
+        ours, theirs = (lambda x, f=f: f(x, (7,), weight, bias).sin().sum() for f in (fastseq.layer_norm, F.layer_norm))
+        assert_close(vmap(grad(ours))(x), vmap(grad(theirs))(x))
+        assert_close(hessian(ours)(x[0]), hessian(theirs)(x[0]))
         rows = x.clone().requires_grad_()
         y, _ = fastseq.layer_norm(rows, (7,), weight, bias, residual=residual)
         basis = torch.eye(y.numel()).double().view(-1, *y.shape)[:9]
@@ -308,7 +327,7 @@ def test_small_calls_take_torchs_op(native, monkeypatch):
             with torch.no_grad():
                 fastseq.layer_norm(x, (512,))
                 fastseq.layer_norm(x, (512,), residual=x)
-    assert [shape[0] for shape in calls] == [512, 2048, 2048, 2048]
+    assert [shape[0] for shape in calls] == [512, 2048, 2048, 2048, 2048]
 
 
 # ---- the module
@@ -378,7 +397,13 @@ class TestModule:
 
         fused = []
         forward = LayerNormFunction.forward
-        monkeypatch.setattr(LayerNormFunction, "forward", lambda *a: (fused.append(1), forward(*a))[1])
+
+        def observed(ctx, backend, eps, x, residual, *affine):
+            if residual is not None:
+                fused.append(1)
+            return forward(ctx, backend, eps, x, residual, *affine)
+
+        monkeypatch.setattr(LayerNormFunction, "forward", observed)
         expected = results(theirs)
         assert_close(results(ours), expected)
         assert len(fused) == (len(norms) - norm_first if route == "native" else 0)

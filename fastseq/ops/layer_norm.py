@@ -48,8 +48,7 @@ def layer_norm(
         The normalized tensor, shaped as the input; with a residual also the sum z, whose strides may be others.
 
     Float32 and float64 on the CPU run in kernels where those are faster: from 2**20 elements on, with a residual and no
-    gradient to record from 2**18 on; without a residual only where no gradient is recorded. All else takes torch's own
-    op (`fastseq info` prints the table).
+    gradient to record from 2**18 on. All else takes torch's own op (`fastseq info` prints the table).
 
     Raises:
         TypeError: arguments of wrong types.
@@ -99,10 +98,8 @@ def _normalize(
     want_sum: bool,
 ) -> tuple[Tensor, Tensor | None]:
     differentiable = needs_grad(*(t for t in (input, weight, bias, residual) if isinstance(t, Tensor)))
-    backend = None
-    if residual is not None or not differentiable:  # alone, torch's training step is the faster one
-        fewest = FEWEST_ELEMENTS if residual is None or differentiable else FEWEST_ELEMENTS_OF_SUMS
-        backend = _backend(input, normalized_shape, weight, bias, eps, residual, fewest)
+    fewest = FEWEST_ELEMENTS if residual is None or differentiable else FEWEST_ELEMENTS_OF_SUMS
+    backend = _backend(input, normalized_shape, weight, bias, eps, residual, fewest)
     if backend is None:
         z = input if residual is None else input + residual
         return F.layer_norm(z, normalized_shape, weight, bias, eps), z
@@ -168,7 +165,7 @@ class LayerNormFunction(torch.autograd.Function):
 
     `LayerNormFunction.apply(backend, eps, x, residual, weight, bias)` returns the normalized sum y and the sum z:
     `backend` is a module with `layer_norm_forward` and `layer_norm_backward`, x and residual are (N,), (B, N) or
-    (T, B, N), weight and bias (N,) or None. All four get gradients.
+    (T, B, N), weight and bias (N,) or None. All four get gradients. With residual None, z is.
 
     Kept for the backward are z, the weight and the bias, and two numbers a row. The backward adds the gradient that z
     has from elsewhere in its one pass. With `create_graph=True` the gradients come from torch ops.
@@ -189,14 +186,14 @@ class LayerNormFunction(torch.autograd.Function):
         backend: ModuleType,
         eps: float,
         x: Tensor,
-        residual: Tensor,
+        residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """See the class."""
         y, z, mean, rstd = _forward(backend, eps, x, residual, weight, bias, True, True)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(z, weight, bias, mean, rstd)
+        ctx.save_for_backward(x if residual is None else z, weight, bias, mean, rstd)
         ctx.how = backend, eps
         return y, z
 
@@ -211,7 +208,7 @@ class LayerNormFunction(torch.autograd.Function):
         needs = (needs_x or needs_residual, *needs_affine)
         if support.kernels_differentiate((dy, dz)):
             dx, dweight, dbias = backend.layer_norm_backward(
-                unit_stride(dy), unit_stride(dz), z, contiguous(weight), mean, rstd, needs=needs
+                unit_stride(dy), unit_stride(dz), unit_stride(z), contiguous(weight), mean, rstd, needs=needs
             )
         else:
             dx, dweight, dbias = composite_backward(
