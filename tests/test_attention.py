@@ -41,15 +41,17 @@ def gradients(outputs, inputs):
 
 
 def check(arguments, options, layout=False):
-    """The result and the gradients of both functions."""
+    """The result, with and without autograd, and the gradients of both functions."""
     inputs = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
     results = []
     for function in (sdpa, F.scaled_dot_product_attention):
         out = function(*arguments, **options)
-        results.append([out, *gradients([out], inputs)])
+        with torch.no_grad():
+            alone = function(*arguments, **options)
+        results.append([out, alone, *gradients([out], inputs)])
     assert_close(*results)
     if layout:
-        assert results[0][0].stride() == results[1][0].stride()
+        assert [r.stride() for r in results[0][:2]] == [r.stride() for r in results[1][:2]]
 
 
 # ---- as torch

@@ -84,9 +84,10 @@ def scaled_dot_product_attention(
         The output (B, N, L, Ev), for 4-D tensors in the memory layout of the query, else contiguous; with `return_lse`
         also the lse (B, N, L), in float32 for bfloat16. A query that sees no key gives 0, and -inf for the lse.
 
-    Finite inputs with finite scores give finite results. NaN and infinities at keys that a query may not see may reach
-    its results or not, and such a query the gradients of these keys, in torch as here, but not always alike; those in
-    the padding beyond lengths reach nothing.
+    Finite inputs with finite scores give finite results, also with is_causal and a scale of 0 or less, where torch's
+    may be NaN: masks come after the scale. NaN and infinities at keys that a query may not see may reach its results or
+    not, and such a query the gradients of these keys, in torch as here, but not always alike; those in the padding
+    beyond lengths reach nothing.
 
     Float32, float64 and bfloat16 on the CPU run in kernels, which compute in tiles and keep no scores. Other cases take
     torch's own op, or for the arguments beyond torch torch ops that hold all scores; `fastseq info` prints the table.
@@ -113,8 +114,8 @@ def scaled_dot_product_attention(
         causal is window is lengths_q is lengths_k is cu_seqlens_q is cu_seqlens_k is softcap is alibi_slopes is None
         and not return_lse
     )
-    if plain and attn_mask is None and type(dropout_p) is float and dropout_p == 0:
-        out = _plain(query, key, value, is_causal, scale, enable_gqa)
+    if plain and type(dropout_p) is float and dropout_p == 0:
+        out = _plain(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         if out is not None:
             return out
     beyond = (causal, window, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, softcap, alibi_slopes)
@@ -162,9 +163,15 @@ def scaled_dot_product_attention(
 
 
 def _plain(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
 ) -> Tensor | None:
-    """The call as most make it, in four dimensions and without masks or dropout.
+    """The call as most make it, in four dimensions and without dropout; masks only where no gradient is recorded.
 
     None where the kernels do not serve it, or the arguments do not fit. The binding checks types, dtypes, devices,
     shapes and strides itself, and tiny calls are as long as their checks, so nothing is checked twice.
@@ -183,9 +190,17 @@ def _plain(
         elif type(scale) is not float:
             return None
         right = 0 if is_causal else None
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-            return apply_plain(backend, scale, right, query, key, value)
-        return backend.attention_forward(query, key, value, scale=scale, right=right, out=torch.empty_like(query))[0]
+        differentiable = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        out = None if differentiable else torch.empty_like(query)
+        if attn_mask is None:
+            if differentiable:
+                return apply_plain(backend, scale, right, query, key, value)
+            return backend.attention_forward(query, key, value, scale=scale, right=right, out=out)[0]
+        if differentiable or is_causal or attn_mask.dim() < 2 or (attn_mask.requires_grad and torch.is_grad_enabled()):
+            return None
+        kind = "allowed" if attn_mask.dtype is torch.bool else "bias"
+        mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+        return backend.attention_forward(query, key, value, scale=scale, out=out, **{kind: mask})[0]
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return None
 
