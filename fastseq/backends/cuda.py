@@ -13,14 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from fastseq.backends.cuda_attention import attention_backward, attention_forward
 from fastseq.backends.cuda_library import LIBRARY, open_library, use_emulation, why_off
 from fastseq.backends.cuda_recurrent import recurrent_backward, recurrent_forward, recurrent_step
 
 __all__ = [
-    "DTYPES",
     "LIBRARY",
     "active_isa",
     "attention_backward",
@@ -34,8 +31,6 @@ __all__ = [
     "use_isa",
     "why_off",
 ]
-
-DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
 def isas() -> tuple[str, ...]:
