@@ -174,6 +174,7 @@ struct AttentionForward {
       const int64_t begin = max(part.begin, seen.begin), end = min(part.end, seen.end);
       if (begin >= end) continue;
       const int64_t key = G::floor(begin), columns = G::ceil(end) - key;
+      scores.prefetch(first + row, count, key, end - key);
       multiply<Before::kIgnored>(
           count, columns / G::kColumns, p.head_dim, Left<O>{queries.data + row * queries.row, queries.row, 1},
           Right<O>{slot + key * key_depth, key_depth * G::kColumns, G::kColumns}, s.scores, kRow);

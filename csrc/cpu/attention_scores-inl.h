@@ -86,6 +86,15 @@ struct Scores {
     fill(row + end, columns - end, -T(__builtin_inff()));
   }
 
+  // Asks for what `apply` will read of the masks for queries [i, i + rows), so that it comes while their products are
+  // computed: every row of a mask is in another page, where the processor's own prefetcher begins anew.
+  void prefetch(int64_t i, int64_t rows, int64_t first, int64_t columns) const {
+    for (int64_t m = i; m < i + rows; ++m) {
+      if (bias && bias_row && bias_key == 1) prefetch_read(bias + m * bias_row + first, columns);
+      if (allowed && allowed_row && allowed_key == 1) prefetch_read(allowed + m * allowed_row + first, columns);
+    }
+  }
+
   // Words a row of `draw` needs room for.
   static constexpr int64_t draw_size(int64_t columns) {
     return ceil_div(columns, 4 * WordLanes::kLanes) * 4 * WordLanes::kLanes;
@@ -108,6 +117,13 @@ struct Scores {
   }
 
  private:
+  template <class U>
+  static FASTSEQ_INLINE void prefetch_read(const U* p, int64_t count) {
+    constexpr int64_t kLine = 64;
+    const char* const end = (const char*)(p + count);
+    for (const char* line = (const char*)p; line < end; line += kLine) __builtin_prefetch(line, 0, 2);
+  }
+
   static FASTSEQ_INLINE V load_strided(const S* p, int64_t stride, int64_t n) {
     if (stride == 1) return load_first(p, n);
     T lane[kLanes] = {};
