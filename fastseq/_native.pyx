@@ -136,17 +136,32 @@ def pack(cell, weights, int threads):
 
 
 def recurrent_forward(
-    cell, x, h_0, c_0, weights, Panels panels, batch_sizes, order, bint packed, bint reverse, reset, bint save, y,
-    bint return_c, bint float_state, int threads
+    cell, x, h_0, c_0, weights, *, Panels panels=None, batch_sizes=None, order=None, bint packed=False,
+    bint reverse=False, reset=None, bint save=False, y=None, bint return_c=False, bint float_state=False
 ):
-    """(y, h_n, c_n, c_all, saved) of one layer in one direction."""
+    """A whole sequence: (y, h_n, c_n, c_all, saved).
+
+    Args:
+        x: (T, B, I), or the rows (sum of batch_sizes, I) of a packed sequence with `packed`.
+        h_0, c_0: (B, H) or None for zeros; c_0 for the LSTM. dtype of x, or float32 with `float_state`.
+        panels: `pack(cell, weights)`, made with the active instruction set. None: the weights are packed for this
+            call.
+        batch_sizes: int64 (T,), the number of rows active at each step: falling, at least 1. None: all, always.
+        order: int64 (B,), the batch index of each row when rows are sorted by falling length. None: sorted already.
+        reverse: from the last step to the first.
+        reset: bool (T, B), True zeroes the state between the steps t - 1 and t.
+        save: keep what `recurrent_backward` needs, as an opaque tensor.
+        y: (T, B, H) to write into; its padding is not written. None: a new one, zero at padding.
+        return_c: the LSTM's c of all steps as well, (T, B, H), zero at padding.
+        float_state: of bfloat16, keep the states that come in and go out in float32.
+    """
     cdef Problem problem
     cdef RecurrentParams* p = &problem.params
     cdef const RecurrentKernels* kernels
     cdef Status status
     c_n = c_all = saved = None
     w_ih, w_hh, b_ih, b_hh = weights
-    start(&problem, cell, threads)
+    start(&problem, cell, count_threads())
     read_input(&problem, x, h_0, c_0, batch_sizes, order, packed, reverse, reset)
     read_weights(&problem, w_ih, w_hh, b_ih, b_hh)
     read_states(&problem, h_0, c_0, float_state)
@@ -209,10 +224,20 @@ def recurrent_step(
 
 
 def recurrent_backward(
-    cell, x, h_0, c_0, weights, y, saved, isa, dy, dh_n, dc_n, dc_all, needs, batch_sizes, order, bint packed,
-    bint reverse, reset, bint float_state, dx, bint accumulate_dx, int threads
+    cell, x, h_0, c_0, weights, y, saved, isa, *, dy, dh_n, dc_n, dc_all, needs, batch_sizes=None, order=None,
+    bint packed=False, bint reverse=False, reset=None, bint float_state=False, dx=None, bint accumulate_dx=False
 ):
-    """(dx, dh_0, dc_0, dw_ih, dw_hh, db_ih, db_hh); destroys `saved`."""
+    """The gradients (dx, dh_0, dc_0, dw_ih, dw_hh, db_ih, db_hh), None where `needs` says so.
+
+    Destroys `saved`: a second call needs another `recurrent_forward(save=True)` first.
+
+    Args:
+        y, saved: what `recurrent_forward` returned for the same arguments.
+        isa: the instruction set that it ran with.
+        dy, dh_n, dc_n, dc_all: gradients of y, h_n, c_n and c_all; None for zero.
+        needs: seven bools, in the order of the result.
+        dx: (T, B, I) to write into, or to add to with `accumulate_dx`; its padding is not written.
+    """
     cdef Problem problem
     cdef RecurrentParams* p = &problem.params
     cdef const RecurrentKernels* kernels
@@ -222,7 +247,7 @@ def recurrent_backward(
     dh_0 = dc_0 = dw_ih = dw_hh = db_ih = db_hh = None
     w_ih, w_hh, b_ih, b_hh = weights
     needs_x, needs_h_0, needs_c_0, needs_w_ih, needs_w_hh, needs_b_ih, needs_b_hh = needs
-    start(&problem, cell, threads)
+    start(&problem, cell, count_threads())
     read_input(&problem, x, h_0, c_0, batch_sizes, order, packed, reverse, reset)
     read_weights(&problem, w_ih, w_hh, b_ih, b_hh)
     read_states(&problem, h_0, c_0, float_state)

@@ -117,46 +117,6 @@ def pack(cell: str, weights: Weights) -> Panels:
     return _native.pack(cell, weights, torch.get_num_threads())
 
 
-def recurrent_forward(
-    cell: str,
-    x: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weights: Weights,
-    *,
-    panels: Panels | None = None,
-    batch_sizes: Tensor | None = None,
-    order: Tensor | None = None,
-    packed: bool = False,
-    reverse: bool = False,
-    reset: Tensor | None = None,
-    save: bool = False,
-    y: Tensor | None = None,
-    return_c: bool = False,
-    float_state: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """A whole sequence: (y, h_n, c_n, c_all, saved).
-
-    Args:
-        x: (T, B, I), or the rows (sum of batch_sizes, I) of a packed sequence with `packed`.
-        h_0, c_0: (B, H) or None for zeros; c_0 for the LSTM. dtype of x, or float32 with `float_state`.
-        panels: `pack(cell, weights)`, made with the active instruction set. None: the weights are packed for this
-            call.
-        batch_sizes: int64 (T,), the number of rows active at each step: falling, at least 1. None: all, always.
-        order: int64 (B,), the batch index of each row when rows are sorted by falling length. None: sorted already.
-        reverse: from the last step to the first.
-        reset: bool (T, B), True zeroes the state between the steps t - 1 and t.
-        save: keep what `recurrent_backward` needs, as an opaque tensor.
-        y: (T, B, H) to write into; its padding is not written. None: a new one, zero at padding.
-        return_c: the LSTM's c of all steps as well, (T, B, H), zero at padding.
-        float_state: of bfloat16, keep the states that come in and go out in float32.
-    """
-    return _native.recurrent_forward(
-        cell, x, h_0, c_0, weights, panels, batch_sizes, order, packed, reverse, reset, save, y,
-        return_c, float_state, torch.get_num_threads(),
-    )  # fmt: skip
-
-
 # recurrent_step(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, threads, save=False, panels=None, float_state=False)
 #   -> (y, h_n, c_n, saved)
 # One step: x (B, I), h and c (B, H) or None for zeros. h_n is y itself, but for float_state. Not wrapped, since at one
@@ -164,48 +124,9 @@ def recurrent_forward(
 recurrent_step = _native.recurrent_step
 
 
-def recurrent_backward(
-    cell: str,
-    x: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weights: Weights,
-    y: Tensor,
-    saved: Tensor,
-    isa: str,
-    *,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dc_all: Tensor | None,
-    needs: Sequence[bool],
-    batch_sizes: Tensor | None = None,
-    order: Tensor | None = None,
-    packed: bool = False,
-    reverse: bool = False,
-    reset: Tensor | None = None,
-    float_state: bool = False,
-    dx: Tensor | None = None,
-    accumulate_dx: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """The gradients (dx, dh_0, dc_0, dw_ih, dw_hh, db_ih, db_hh), None where `needs` says so.
-
-    Destroys `saved`: a second call needs another `recurrent_forward(save=True)` first.
-
-    Args:
-        y, saved: what `recurrent_forward` returned for the same arguments.
-        isa: the instruction set that it ran with.
-        dy, dh_n, dc_n, dc_all: gradients of y, h_n, c_n and c_all; None for zero.
-        needs: seven bools, in the order of the result.
-        dx: (T, B, I) to write into, or to add to with `accumulate_dx`; its padding is not written.
-    """
-    return _native.recurrent_backward(
-        cell, x, h_0, c_0, weights, y, saved, isa, dy, dh_n, dc_n, dc_all, needs, batch_sizes, order, packed,
-        reverse, reset, float_state, dx, accumulate_dx, torch.get_num_threads(),
-    )  # fmt: skip
-
-
-# Not wrapped either: without masks, a call on tiny tensors takes as long as what surrounds it.
+# Nor these: they take keywords themselves, and say what those mean.
+recurrent_forward = _native.recurrent_forward
+recurrent_backward = _native.recurrent_backward
 attention_forward = _native.attention_forward
 attention_backward = _native.attention_backward
 
