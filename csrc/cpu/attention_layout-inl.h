@@ -1,8 +1,7 @@
-// Where the rows of an attention call lie, and how its memory is divided.
+// How the rows and the memory of an attention call are divided, and how rows are written.
 #pragma once
 
-#include "../kernels.h"
-#include "../math/mask.h"
+#include "../attention_rows.h"
 #include "simd_math.h"
 #include "streamed_product-inl.h"
 #include "threads.h"
@@ -17,32 +16,6 @@ constexpr int64_t kQueryBlock = 96;
 // Backward does as forward did: P = exp(S - lse) is only as exact as S is the same.
 constexpr int64_t kFewRows = 16;
 inline bool few_queries(const AttentionParams& p) { return p.heads / p.kv_heads * p.queries <= kFewRows; }
-
-// One batch row: its number of queries and keys, and the rows of its tensors where they start.
-struct Extent {
-  int64_t queries, keys, q_start, k_start;
-
-  Extent(const AttentionParams& p, int64_t b)
-      : queries(p.q_lengths ? p.q_lengths[b] : p.queries),
-        keys(p.k_lengths ? p.k_lengths[b] : p.keys),
-        q_start(p.q_starts ? p.q_starts[b] : 0),
-        k_start(p.k_starts ? p.k_starts[b] : 0) {}
-
-  Window window(const AttentionParams& p) const {
-    return Window(p.left, p.right, p.lower_right ? keys - queries : 0, queries, keys);
-  }
-};
-
-template <class S>
-FASTSEQ_INLINE S* row_of(const Heads& heads, int64_t b, int64_t n, int64_t row) {
-  return (S*)heads.data + b * heads.batch_stride + n * heads.head_stride + row * heads.row_stride;
-}
-
-// Element (b, n, row) of lse and its gradient; null if they are.
-template <class T>
-FASTSEQ_INLINE T* element_of(T* data, const int64_t* strides, int64_t b, int64_t n, int64_t row) {
-  return !data ? nullptr : data + b * strides[0] + n * strides[1] + row * strides[2];
-}
 
 // A row of storage from a row of results, times a factor.
 template <class S>

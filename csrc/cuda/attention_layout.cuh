@@ -1,36 +1,10 @@
-// Where the rows of an attention call lie, and which of them a thread block holds.
+// Which rows of an attention call a thread block holds.
 #pragma once
 
-#include "../math/mask.h"
+#include "../attention_rows.h"
 #include "common.cuh"
 
 namespace fastseq::cuda {
-
-// One batch row: its number of queries and keys, and the rows of its tensors where they start.
-struct Extent {
-  int64_t queries, keys, q_start, k_start;
-
-  __device__ Extent(const AttentionParams& p, int64_t b)
-      : queries(p.q_lengths ? p.q_lengths[b] : p.queries),
-        keys(p.k_lengths ? p.k_lengths[b] : p.keys),
-        q_start(p.q_starts ? p.q_starts[b] : 0),
-        k_start(p.k_starts ? p.k_starts[b] : 0) {}
-
-  __device__ Window window(const AttentionParams& p) const {
-    return Window(p.left, p.right, p.lower_right ? keys - queries : 0, queries, keys);
-  }
-};
-
-template <class S>
-__device__ S* row_of(const Heads& heads, int64_t b, int64_t n, int64_t row) {
-  return (S*)heads.data + b * heads.batch_stride + n * heads.head_stride + row * heads.row_stride;
-}
-
-// Element (b, n, row) of lse and what is laid out like it.
-template <class T>
-__device__ T* element_of(T* data, const int64_t* strides, int64_t b, int64_t n, int64_t row) {
-  return data + b * strides[0] + n * strides[1] + row * strides[2];
-}
 
 __host__ __device__ inline int64_t group_of(const AttentionParams& p) { return p.heads / p.kv_heads; }
 __host__ __device__ inline int64_t rows_of_group(const AttentionParams& p) { return group_of(p) * p.queries; }
