@@ -10,6 +10,7 @@ import pytest
 import torch
 from attention_calls import make
 from cases import CUDA_DTYPES, each_cuda_dtype
+from cuda_device import DEVICE, cuda, ignore_first_use, tf32
 from test_attention_kernels import AXES
 from test_cuda_attention_on_host import OPTIONS, decoding_agrees, multihead_agrees, samples_agree
 from torch.autograd import gradcheck
@@ -21,19 +22,8 @@ from fastseq.verify import attention
 from fastseq.verify.attention import Case, kernel_results, make_inputs, reference_results, torch_results
 from fastseq.verify.tensors import exact_dtype
 
-if not torch.cuda.is_available():
-    pytest.skip("torch sees no GPU", allow_module_level=True)
-if backends.select() is None:
-    pytest.skip("the kernels are not built", allow_module_level=True)
-
-from fastseq.backends import cuda
-
-if cuda.why_off():
-    pytest.skip(f"the CUDA kernels are {cuda.why_off()}", allow_module_level=True)
-
 sdpa = fastseq.scaled_dot_product_attention
-DEVICE = "cuda"
-pytestmark = pytest.mark.filterwarnings("ignore:fastseq's CUDA kernels:RuntimeWarning")
+pytestmark = ignore_first_use
 # What a call may ask for, none of which waits for the GPU or copies to it.
 CALLS = (
     {"is_causal": True},
@@ -47,11 +37,9 @@ CALLS = (
 def exact_products():
     """Without TF32 in what torch computes, whatever ran before."""
     assert backends.select_cuda() is cuda
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    with tf32(False):
+        yield
 
 
 def check(case, dtype, seed=0, **replaced):

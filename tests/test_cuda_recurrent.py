@@ -2,12 +2,11 @@
 has: streams, devices, graphs, TF32. Where there is none, tests/test_cuda_on_host.py is what can be shown.
 """
 
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
 from cases import CELLS, LONG_SHAPES, SHAPES, error_rule
+from cuda_device import DEVICE, cuda, ignore_first_use, tf32
 from test_gradients import GATES, LENGTHS, RESET, flatten
 from test_module_info import each, samples_agree
 from torch.autograd import gradcheck
@@ -17,21 +16,10 @@ import fastseq
 from fastseq import backends
 from fastseq.verify.recurrent import Case, cases, kernel_results, make_inputs, reference_results, torch_results
 
-if not torch.cuda.is_available():
-    pytest.skip("torch sees no GPU", allow_module_level=True)
-if backends.select() is None:
-    pytest.skip("the kernels are not built", allow_module_level=True)
-
-from fastseq.backends import cuda
-
-if cuda.why_off():
-    pytest.skip(f"the CUDA kernels are {cuda.why_off()}", allow_module_level=True)
-
-DEVICE = "cuda"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 OPTIONS = ({}, {"bias": False}, {"lengths": True}, {"packed": True}, {"reset": True}, {"lengths": True, "reset": True})
 MODULES = ("RNN", "LSTM", "GRU")
-pytestmark = pytest.mark.filterwarnings("ignore:fastseq's CUDA kernels:RuntimeWarning")
+pytestmark = ignore_first_use
 
 
 @pytest.fixture(autouse=True)
@@ -44,19 +32,6 @@ def exact_products():
     """Without TF32, whatever ran before."""
     with tf32(False):
         yield
-
-
-@contextmanager
-def tf32(on):
-    """TF32 in torch's products and in cuDNN, on or off inside the block."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = on
-    try:
-        # torch.testing's internals, which are imported above, allow cuDNN's flags to be set in this way only.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=on):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def check(cell, case, dtype, seed=0):
