@@ -4,8 +4,6 @@ exist already."""
 import torch  # noqa: F401  first: its OpenMP library must be the one that the kernels find
 
 from fastseq import compat, ops, reference
-from fastseq.fuse import freeze, fuse, fuse_report, unfreeze, unfuse
-from fastseq.fused import fused
 from fastseq.nn import (
     GRU,
     LSTM,
@@ -20,6 +18,8 @@ from fastseq.nn import (
     TransformerEncoderLayer,
 )
 from fastseq.ops import gru, gru_cell, layer_norm, lstm, lstm_cell, rnn, rnn_cell, scaled_dot_product_attention
+from fastseq.sdpa_patch import sdpa_kernels
+from fastseq.swap import freeze, fuse, fuse_report, unfreeze, unfuse
 
 __version__ = "0.1.0"
 
@@ -39,7 +39,6 @@ __all__ = [
     "freeze",
     "fuse",
     "fuse_report",
-    "fused",
     "gru",
     "gru_cell",
     "layer_norm",
@@ -50,6 +49,7 @@ __all__ = [
     "rnn",
     "rnn_cell",
     "scaled_dot_product_attention",
+    "sdpa_kernels",
     "unfreeze",
     "unfuse",
 ]

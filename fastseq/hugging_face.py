@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastseq.fused import fused
 from fastseq.ops import scaled_dot_product_attention
+from fastseq.sdpa_patch import sdpa_kernels
 
 __all__ = ["register"]
 
@@ -58,7 +58,7 @@ def attention_forward(
     if others.get("position_bias") is not None or others.get("cache") is not None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        with fused():
+        with sdpa_kernels():
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout, scaling, is_causal, softcap=softcap, **others
             )

@@ -17,7 +17,7 @@ from torch.autograd import gradcheck
 
 import fastseq
 from fastseq import backends
-from fastseq.reference.error_rule import error_rule
+from fastseq.reference.verdict import error_rule
 from fastseq.verify import attention
 from fastseq.verify.attention import Case, kernel_results, make_inputs, reference_results, torch_results
 from fastseq.verify.tensors import exact_dtype

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import pkgutil
 import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+
+import fastseq
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastseq"
@@ -17,7 +22,7 @@ CSRC = ROOT / "csrc"
 VENDORED = CSRC / "dlpack.h"
 
 # What each part of the package may import of fastseq beside itself. A single file of the package itself (cli.py,
-# fuse.py, ...) stands above them all and may import any of them but the extension; verify belongs to the command.
+# swap.py, ...) stands above them all and may import any of them but the extension; verify belongs to the command.
 MAY_IMPORT = {
     "nn": {"ops"},
     "ops": {"backends"},
@@ -78,6 +83,20 @@ def test_imports_point_one_way(path):
         part = inside.parts[0]
         assert part in MAY_IMPORT, f"{part} is not in the table above"
         assert imported <= MAY_IMPORT[part] | {part, "_native"}
+
+
+def packages():
+    found = [module for module in pkgutil.walk_packages(fastseq.__path__, "fastseq.") if module.ispkg]
+    return [fastseq, *(importlib.import_module(module.name) for module in found)]
+
+
+@pytest.mark.parametrize("package", packages(), ids=lambda package: package.__name__)
+def test_no_module_has_the_name_of_an_object_of_its_package(package):
+    # `import a.b as m` returns the attribute b of a, which would be the object.
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    assert names
+    hidden = [name for name in names if not isinstance(vars(package).get(name, package), types.ModuleType)]
+    assert not hidden
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "reference").rglob("*.py")), ids=name_of)

@@ -261,11 +261,11 @@ def test_the_table_of_what_is_served():
 
 @pytest.mark.parametrize(
     "name",
-    ["fastseq.compat", "fastseq.fuse"]
+    ["fastseq.compat", "fastseq.sdpa_patch", "fastseq.swap"]
     + [
-        f"{package.__name__}.{m.name}"
+        module.name
         for package in (fastseq.ops, fastseq.nn)
-        for m in pkgutil.iter_modules(package.__path__)
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     ],
 )
 def test_examples(name):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastseq.nn.recurrent import CellModule, SequenceModule
 from fastseq.ops import checks
 from fastseq.ops.cell import Cell
-from fastseq.ops.gru import GRU as GRU_CELL
+from fastseq.ops.cells.gru import GRU as GRU_CELL
 
 
 class GRUSequences(SequenceModule):

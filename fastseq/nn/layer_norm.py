@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastseq.ops.layer_norm import layer_norm
+from fastseq.ops.normalization import layer_norm
 
 
 class LayerNorm(nn.LayerNorm):

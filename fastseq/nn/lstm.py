@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastseq.nn.recurrent import CellModule, PairedStates, SequenceModule
 from fastseq.ops import checks
 from fastseq.ops.cell import Cell
-from fastseq.ops.lstm import LSTM as LSTM_CELL
+from fastseq.ops.cells.lstm import LSTM as LSTM_CELL
 
 
 class LSTMSequences(PairedStates, SequenceModule):

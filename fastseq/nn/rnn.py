@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastseq.nn.recurrent import CellModule, SequenceModule
 from fastseq.ops import checks
 from fastseq.ops.cell import Cell
-from fastseq.ops.rnn import RELU, TANH, rnn_of
+from fastseq.ops.cells.rnn import RELU, TANH, rnn_of
 
 
 class RNNSequences(SequenceModule):

@@ -9,7 +9,7 @@ from torch.nn.modules import module as torch_module
 
 from fastseq.nn.attention import MultiheadAttention
 from fastseq.nn.layer_norm import LayerNorm
-from fastseq.ops.layer_norm import add_layer_norm
+from fastseq.ops.normalization import add_layer_norm
 
 # A version of torch that lacks it cannot tell: then norms are called, as torch calls them.
 _has_any_global_hook = getattr(torch_module, "_has_any_global_hook", lambda: True)

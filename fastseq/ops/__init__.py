@@ -4,12 +4,12 @@ from fastseq.ops.attention import scaled_dot_product_attention
 from fastseq.ops.attention_call import Attention
 from fastseq.ops.attention_function import AttentionFunction, SelfAttentionFunction
 from fastseq.ops.cell import Cell, Layer
-from fastseq.ops.gru import GRU, gru, gru_cell
-from fastseq.ops.layer_norm import LayerNormFunction, layer_norm
+from fastseq.ops.cells.gru import GRU, gru, gru_cell
+from fastseq.ops.cells.lstm import LSTM, lstm, lstm_cell
+from fastseq.ops.cells.rnn import RELU, TANH, rnn, rnn_cell
 from fastseq.ops.linear import LinearFunction
-from fastseq.ops.lstm import LSTM, lstm, lstm_cell
+from fastseq.ops.normalization import LayerNormFunction, layer_norm
 from fastseq.ops.recurrent import RecurrentFunction, StepFunction
-from fastseq.ops.rnn import RELU, TANH, rnn, rnn_cell
 from fastseq.ops.support import SERVICE
 
 CELLS = {cell.name: cell for cell in (TANH, RELU, LSTM, GRU)}

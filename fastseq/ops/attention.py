@@ -26,7 +26,7 @@ from fastseq.ops.attention_call import (
 from fastseq.ops.attention_function import apply_plain, attend
 from fastseq.ops.support import Route
 
-# The op itself, not its name in torch.nn.functional: inside `fastseq.fused()` that one leads here.
+# The op itself, not its name in torch.nn.functional: inside `fastseq.sdpa_kernels()` that one leads here.
 torch_attention = torch._C._nn.scaled_dot_product_attention
 
 

@@ -152,7 +152,7 @@ class RecurrentFunction(torch.autograd.Function):
         >>> import torch
         >>> from fastseq import backends
         >>> from fastseq.ops import Layer, RecurrentFunction
-        >>> from fastseq.ops.gru import GRU
+        >>> from fastseq.ops.cells.gru import GRU
         >>> x, w_ih, w_hh = torch.randn(7, 2, 3), torch.randn(12, 3, requires_grad=True), torch.randn(12, 4)
         >>> if (backend := backends.select()) is not None:
         ...     y, h_n, _, _ = RecurrentFunction.apply(Layer(GRU), backend, x, None, None, w_ih, w_hh, None, None)

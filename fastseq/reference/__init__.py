@@ -11,7 +11,6 @@ from .attention import (
     scaled_dot_product_attention_backward,
     scaled_dot_product_attention_forward,
 )
-from .error_rule import EPS, Verdict, error_rule
 from .gru import gru_backward, gru_forward, gru_step_backward, gru_step_forward
 from .layers import (
     affine_backward,
@@ -33,8 +32,9 @@ from .multi_head_attention import (
 )
 from .philox import philox4x32
 from .rnn import rnn_backward, rnn_forward, rnn_step_backward, rnn_step_forward
-from .schedule import Step, schedule
+from .steps import Step, schedule
 from .torch_layout import recurrent_forward_backward
+from .verdict import EPS, Verdict, error_rule
 
 __all__ = [
     "EPS",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from .layers import sigmoid
-from .schedule import schedule
+from .steps import schedule
 
 
 def gru_step_forward(

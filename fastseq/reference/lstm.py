@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from .layers import sigmoid
-from .schedule import schedule
+from .steps import schedule
 
 
 def lstm_step_forward(

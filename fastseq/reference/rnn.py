@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .schedule import schedule
+from .steps import schedule
 
 
 def rnn_step_forward(

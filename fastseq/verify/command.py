@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fastseq.info import load_cuda_kernels, load_kernels
-from fastseq.reference.error_rule import EPS, Verdict, error_rule
+from fastseq.reference.verdict import EPS, Verdict, error_rule
 from fastseq.verify import attention, layer_norm, linear, recurrent
 from fastseq.verify.tensors import Comparison
 

@@ -1,4 +1,4 @@
-"""`with fused():` sends a model's calls of torch's scaled_dot_product_attention to the kernels."""
+"""`with sdpa_kernels():` sends a model's calls of torch's scaled_dot_product_attention to the kernels."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor
 from fastseq.ops import scaled_dot_product_attention
 from fastseq.ops.attention import torch_attention
 
-__all__ = ["fused"]
+__all__ = ["sdpa_kernels"]
 
 # Why the name in torch.nn.functional and not a TorchFunctionMode: a mode is asked on every torch call, which costs
 # 1.5 us (measured: an addition of 8 numbers takes 2.9 us under an empty mode, 1.4 us without).
-_inside: ContextVar[bool] = ContextVar("fused", default=False)
+_inside: ContextVar[bool] = ContextVar("sdpa_kernels", default=False)
 _lock = threading.Lock()
 _blocks = 0  # entered and not yet left, in all threads
 _outside: Any = torch_attention  # what the name stood for: torch's op, or what others have put there
@@ -33,7 +33,7 @@ def _attention(*args: Any, **kwargs: Any) -> Tensor:
 
 
 @contextmanager
-def fused() -> Iterator[None]:
+def sdpa_kernels() -> Iterator[None]:
     """Inside the block, `torch.nn.functional.scaled_dot_product_attention` is `fastseq.scaled_dot_product_attention`.
 
     For models that call that function themselves, which `fuse` cannot see. Calls that the kernels do not serve take
@@ -46,7 +46,7 @@ def fused() -> Iterator[None]:
         >>> import torch, fastseq
         >>> import torch.nn.functional as F
         >>> q = torch.randn(2, 8, 5, 16)
-        >>> with fastseq.fused():
+        >>> with fastseq.sdpa_kernels():
         ...     out = F.scaled_dot_product_attention(q, q, q, is_causal=True)
         >>> out.shape
         torch.Size([2, 8, 5, 16])

@@ -1,4 +1,4 @@
-"""fused(): a model's own calls of torch's function."""
+"""sdpa_kernels(): a model's own calls of torch's function."""
 
 import sys
 import threading
@@ -11,9 +11,9 @@ from models import assert_close
 from torch import nn
 
 import fastseq
-from fastseq import hugging_face
+from fastseq import hugging_face, sdpa_patch
 
-fused = fastseq.fused
+sdpa_kernels = fastseq.sdpa_kernels
 TORCHS = F.scaled_dot_product_attention
 
 
@@ -28,9 +28,10 @@ class Attention(nn.Module):
 def seen(monkeypatch):
     """The calls that reach fastseq."""
     calls = []
-    module = sys.modules["fastseq.fused"]  # the package's attribute of that name is the function
-    function = module.scaled_dot_product_attention
-    monkeypatch.setattr(module, "scaled_dot_product_attention", lambda *a, **k: (calls.append(a), function(*a, **k))[1])
+    function = sdpa_patch.scaled_dot_product_attention
+    monkeypatch.setattr(
+        sdpa_patch, "scaled_dot_product_attention", lambda *a, **k: (calls.append(a), function(*a, **k))[1]
+    )
     return calls
 
 
@@ -42,7 +43,7 @@ def x():
 def test_routes_calls_inside_the_block(seen, x):
     model = Attention()
     wanted = model(x)
-    with fused():
+    with sdpa_kernels():
         out = model(x)
     assert len(seen) == 1
     assert_close(out, wanted)
@@ -53,13 +54,13 @@ def test_routes_calls_inside_the_block(seen, x):
 
 
 def test_blocks_within_blocks_and_errors(seen, x):
-    with fused():
-        with fused():
+    with sdpa_kernels():
+        with sdpa_kernels():
             Attention()(x)
         Attention()(x)
         assert len(seen) == 2
         with pytest.raises(RuntimeError, match="must match"):
-            with fused():
+            with sdpa_kernels():
                 F.scaled_dot_product_attention(x, x[:, :2], x)
         assert F.scaled_dot_product_attention is not TORCHS
     assert F.scaled_dot_product_attention is TORCHS
@@ -70,7 +71,7 @@ def test_other_threads_keep_torchs(seen, x):
     outs = []
 
     def other():
-        with fused():
+        with sdpa_kernels():
             inside.set()
             leave.wait(10)
             outs.append(Attention()(x))
@@ -80,7 +81,7 @@ def test_other_threads_keep_torchs(seen, x):
     inside.wait(10)
     Attention()(x)  # here the name is replaced, but this thread is in no block
     assert not seen
-    with fused():
+    with sdpa_kernels():
         Attention()(x)
         assert len(seen) == 1
     leave.set()
@@ -91,7 +92,7 @@ def test_other_threads_keep_torchs(seen, x):
 
 
 def test_a_task_that_outlives_the_block(x):
-    with fused():
+    with sdpa_kernels():
         context = copy_context()
     assert_close(context.run(Attention(), x), Attention()(x))
 
@@ -100,7 +101,7 @@ def test_what_others_put_there_stays(monkeypatch, seen, x):
     theirs = []
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: (theirs.append(a), TORCHS(*a, **k))[1])
     kept = F.scaled_dot_product_attention
-    with fused():
+    with sdpa_kernels():
         inside = F.scaled_dot_product_attention
         Attention()(x)
         assert (len(seen), len(theirs)) == (1, 0)
@@ -113,7 +114,7 @@ def test_modules_of_torch(seen):
     """nn.MultiheadAttention calls the function too."""
     attention, q = nn.MultiheadAttention(8, 2), torch.randn(5, 3, 8)
     wanted, _ = attention(q, q, q, need_weights=False)
-    with fused():
+    with sdpa_kernels():
         out, _ = attention(q, q, q, need_weights=False)
     assert len(seen) == 1
     assert_close(out, wanted, "float32")
@@ -123,7 +124,7 @@ def test_modules_of_torch(seen):
 def test_compile_whole_graph(inside, x):
     torch._dynamo.reset()
     model = Attention()
-    with fused():
+    with sdpa_kernels():
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         if inside == "compile":
             out = compiled(x)
@@ -142,7 +143,7 @@ def test_subclasses_see_torchs_function(x):
             names.append(func)
             return super().__torch_function__(func, types, args, kwargs)
 
-    with fused():
+    with sdpa_kernels():
         Attention()(x.detach().as_subclass(Marked))
     assert TORCHS in names
 

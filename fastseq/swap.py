@@ -87,7 +87,7 @@ def fuse(model: Model, *, compilable: bool = False) -> Model:
     nn.TransformerEncoderLayer and nn.TransformerDecoderLayer, with `torch.nn.utils.parametrize` too. Subclasses are
     left alone, and so are layers whose `forward` was replaced on the instance: what they change is theirs.
     `fuse_report(model)` tells what was swapped, what not, and why. Models that call
-    `torch.nn.functional.scaled_dot_product_attention` themselves run inside `fastseq.fused()`.
+    `torch.nn.functional.scaled_dot_product_attention` themselves run inside `fastseq.sdpa_kernels()`.
 
     Before `torch.jit.script`, and before a whole model is pickled for a machine without fastseq, call `unfuse`. A
     state_dict needs no such care.
