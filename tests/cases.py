@@ -5,6 +5,7 @@ Arrays are NumPy's, in torch's layouts: T steps, B rows, I inputs, H units, G ga
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ __all__ = [
     "CUDA_DTYPES",
     "DTYPES",
     "EPS",
+    "LONG",
     "LONG_SHAPES",
     "SHAPES",
     "SMALL_SHAPES",
@@ -36,6 +38,8 @@ __all__ = [
     "random_lengths",
     "random_reset",
 ]
+
+LONG = bool(os.environ.get("FASTSEQ_LONG"))  # set by `make test-long`: all of what `make test` takes a sample of
 
 CELLS = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}  # and their numbers of gates
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # of the kernels on the CPU
