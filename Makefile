@@ -16,6 +16,8 @@ TORCH_INDEX ?=
 # build/editable is kept by the rebuilding import; a wheel built from the same tree uses another folder.
 TOOLS := "scikit-build-core>=0.11" "cython>=3.1" "cython-cmake>=0.2" "cmake>=3.20" ninja
 EXTRAS := cli,test,bench,lint
+INSTALL := $(PIP) install --no-build-isolation -e ".[$(EXTRAS)]" \
+	--config-settings=build-dir=build/editable --config-settings=editable.rebuild=true --config-settings=editable.verbose=false
 CXX_SOURCES := $(filter-out csrc/dlpack.h,$(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cu*)) \
 	$(wildcard tests/cuda_on_host/*.h)
 
@@ -42,9 +44,13 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-# Compiles the CUDA kernels for every target, and reports what registers they take; they are part of the build as well.
+# The build with the CUDA kernels, compiled anew for every target, and what registers they take. One target at a time
+# for each source: what ptxas says of several would be mixed.
 cuda: $(READY)
-	$(BIN)/python .ci/cuda
+	@if ! command -v "$${CUDACXX:-nvcc}" >/dev/null; then echo 'CUDA: skipped, as no nvcc was found'; \
+	elif rm -rf build/editable/csrc/cuda && FASTSEQ_BUILD_CUDA=on $(INSTALL) -v --config-settings=cmake.define.CMAKE_CUDA_FLAGS=-Xptxas=-v \
+		--config-settings=cmake.define.FASTSEQ_CUDA_THREADS=1 >build/cuda.log 2>&1; then $(BIN)/python .ci/cuda build/cuda.log; \
+	else cat build/cuda.log; exit 1; fi
 
 # A build of its own beside the editable one. `python -P -S` on the whole of sys.path skips the hook of the editable
 # install and the source tree, which would answer first; libstdc++ has to be there before the sanitizer looks into it.
@@ -73,6 +79,5 @@ $(READY): pyproject.toml CMakeLists.txt | $(BIN)/python
 		{ echo 'No CPU build of torch on this index: taking the default one. TORCH_INDEX=... names an index that has it.' >&2; \
 		$(PIP) install "torch>=2.10"; }
 	$(PIP) install -q $(TOOLS)
-	$(PIP) install -q --no-build-isolation -e ".[$(EXTRAS)]" \
-		--config-settings=build-dir=build/editable --config-settings=editable.rebuild=true --config-settings=editable.verbose=false
+	$(INSTALL) -q
 	@touch $@

@@ -13,7 +13,7 @@ SITE=$PWD/build/cuda_check/site
 PYTHON=${PYTHON:-python3}
 WHEEL=${1:-$(ls dist/fastseq-*.whl 2>/dev/null | tail -n 1)}
 mkdir -p "$LOGS" "$SITE"
-export FASTSEQ_CUDA=on PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+export FASTSEQ_BUILD_CUDA=on FASTSEQ_CUDA=on PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 
 # -P: the tree itself, which has no build, must not answer `import fastseq`.
 install() {

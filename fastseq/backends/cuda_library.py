@@ -30,12 +30,12 @@ LIBRARY = Path(_native.__file__).with_name("libfastseq_cuda.so")
 def why_off() -> str:
     """Why calls do not take these kernels; empty where they do."""
     choice = os.environ.get("FASTSEQ_CUDA", "")
-    if choice not in ("", "auto", "off", "on"):
-        raise ValueError(f"FASTSEQ_CUDA must be on, off or auto, got {choice!r}")
+    if choice not in ("", "off", "on"):
+        raise ValueError(f"FASTSEQ_CUDA must be on or off, got {choice!r}")
     if choice != "on":
         return "off by default, as they have not run on a GPU yet: FASTSEQ_CUDA=on tries them"
     if not LIBRARY.exists():
-        return "not built: no nvcc was found, or FASTSEQ_CUDA was off"
+        return "not built: `make cuda`, or FASTSEQ_BUILD_CUDA=on at the build, makes them with nvcc"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     return ""
