@@ -21,14 +21,23 @@ INSTALL := $(PIP) install --no-build-isolation -e ".[$(EXTRAS)]" \
 CXX_SOURCES := $(filter-out csrc/dlpack.h,$(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cu*)) \
 	$(wildcard tests/cuda_on_host/*.h)
 
-.PHONY: build demo test bench lint format cuda asan clean
+.PHONY: build demo test test-long bench lint format cuda asan clean
 build: $(READY)
 
 demo: $(READY)
 	$(BIN)/fastseq demo
 
+# A fixed sample: 7 minutes on two cores.
 test: $(READY)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+
+# All of what `make test` takes a sample of, with every instruction set of this machine, and the sanitizers: hours.
+test-long: $(READY)
+	isas=$$($(BIN)/python -c 'from fastseq.backends import native; print(*native.isas())') && for isa in $$isas; do \
+		echo "FASTSEQ_ISA=$$isa"; \
+		FASTSEQ_LONG=1 FASTSEQ_ISA=$$isa OMP_NUM_THREADS=2 $(BIN)/python -m pytest || exit; \
+	done
+	$(MAKE) asan
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench --benchmark-json=fastseq-bench.json
