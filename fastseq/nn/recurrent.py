@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.overrides import TorchFunctionMode
 
 from fastseq.nn.packed_weights import PackedWeights, PacksWeights
 from fastseq.ops import checks, composite, support
@@ -39,10 +40,11 @@ class _Run(NamedTuple):
 
 
 class SequenceModule(PacksWeights):
-    """forward() and step() of RNN, LSTM and GRU. Parameters, checks and state are those of the torch class mixed
-    with."""
+    """forward() and step() of RNN, LSTM and GRU. Parameters and state are those of the torch class mixed with, and its
+    checks speak first; but its op gets only what fits."""
 
     _torch_class: ClassVar[type[nn.RNNBase]]
+    _expected_hx: ClassVar[str] = "a Tensor"
 
     @property
     def _cell(self) -> Cell:
@@ -58,21 +60,22 @@ class SequenceModule(PacksWeights):
         return_states: bool = False,
     ) -> tuple:
         """A whole sequence: see the class."""
-        packed = isinstance(input, PackedSequence)
+        packed, data, batch = isinstance(input, PackedSequence), input, None
         if packed:
             checks.check_not_packed(lengths=lengths, reset=reset)
+            data, batch = input.data, checks.check_packed(input)
         beyond_torch = lengths is not None or reset is not None or return_states
-        data, batch_sizes = (input.data, input.batch_sizes) if packed else (input, None)
         weights, states = self._weights(), self._states(hx)
-        fits = self._fits(data, batch_sizes, states, weights)
-        if fits:
+        misfit = self._misfit(data, batch, states, weights)
+        if misfit is None:
             tensors = [data, *states]
             for direction in weights:
                 tensors += direction
             route, backend = support.route(tensors, cuda=True)
-            fits = route is Route.KERNELS or checks.alike(tensors)
-        if not fits:
-            return self._mistake(input, hx, beyond_torch)
+            if route is not Route.KERNELS:
+                misfit = checks.unlike(tensors, 1 + len(states))
+        if misfit is not None:
+            self._refuse(misfit, input, hx)
         if not packed:
             checks.check_steps(data, self._steps(data))
         if route is not Route.TORCH and route is not Route.COMPOSITE and (self.proj_size or not data.numel()):
@@ -87,17 +90,8 @@ class SequenceModule(PacksWeights):
         keeps_panels = route is Route.KERNELS and hasattr(backend, "pack") and not needs_grad(*tensors)
         run = _Run(weights, route, backend, keeps_panels, return_states)
         if packed:
-            return self._forward_packed(input, states, run._replace(rows=packed_rows(batch_sizes)))
+            return self._forward_packed(input, states, run._replace(rows=packed_rows(input.batch_sizes)))
         return self._forward_padded(data, states, lengths, reset, run)
-
-    def _mistake(self, input: Any, hx: Any, beyond_torch: bool) -> tuple:
-        """Lets torch name what is wrong with the arguments."""
-        if isinstance(input, PackedSequence) and hx is not None and self._states(hx) is not None:
-            self.check_forward_args(input.data, hx, input.batch_sizes)  # torch's LSTM leaves it out
-        result = self._torch_class.forward(self, input, hx)
-        if beyond_torch:
-            raise RuntimeError(f"{self._cell.mode}: the arguments do not fit the module")
-        return result
 
     def _forward_padded(
         self, data: Tensor, states: States, lengths: Tensor | Sequence[int] | None, reset: Tensor | None, run: _Run
@@ -224,16 +218,19 @@ class SequenceModule(PacksWeights):
         weights, states = self._weights(), self._states(state)
         if states is None:
             raise RuntimeError(f"step: state must be what {name} returns as h_n, got {type(state).__name__}")
-        if weights is None:
-            raise RuntimeError(f"step: a weight of the {name} is missing")
         x = x_t.unsqueeze(0).unsqueeze(0) if unbatched else x_t.unsqueeze(0)
+        if misfit := self._weights_misfit(weights):
+            raise RuntimeError(f"step: {misfit}")
         self.check_input(x, None)
         sizes = self._state_sizes(x.shape[1])
-        checks.check_state_sizes(states, [(size[0], size[2]) for size in sizes] if unbatched else sizes)
+        if misfit := checks.states_misfit(states, [(size[0], size[2]) for size in sizes] if unbatched else sizes):
+            raise RuntimeError(misfit)
         if unbatched:
             states = tuple(None if s is None else s.unsqueeze(1) for s in states)
         tensors = [w for direction in weights for w in direction]
         route, backend = support.route((x, *tensors), states, cuda=True)
+        if route is not Route.KERNELS and (misfit := checks.unlike((x, *tensors), 1)):
+            raise RuntimeError(misfit)
         if route in (Route.KERNELS, Route.GRAPH) and (self.proj_size or not x.numel()):
             route = Route.TORCH
         float_state = x.dtype is torch.bfloat16
@@ -279,10 +276,12 @@ class SequenceModule(PacksWeights):
         """
         named = self._parameters
         weights = []
-        for names in self._all_weights:
+        for place, names in enumerate(self._all_weights):
             direction = [named[name] if name in named else getattr(self, name, None) for name in names]
-            if any(w is None for w in direction):
-                return None
+            if any(w is None for w in direction):  # of a deleted one torch keeps the last
+                direction = self._flat_weights[place * len(names) : (place + 1) * len(names)]
+                if any(w is None for w in direction):
+                    return None
             if not self.bias:
                 direction[2:2] = (None, None)
             weights.append(tuple(direction))
@@ -304,37 +303,85 @@ class SequenceModule(PacksWeights):
     def _steps(self, data: Tensor) -> int:
         return data.shape[1 if self.batch_first and data.dim() == 3 else 0]
 
-    def _fits(
-        self, data: object, batch_sizes: Tensor | None, states: States | None, weights: list[Direction] | None
-    ) -> bool:
-        """True where every shape is as it should be."""
-        if not isinstance(data, Tensor) or states is None or weights is None:
-            return False
-        unbatched = batch_sizes is None and data.dim() == 2
-        if data.dim() != (3 if batch_sizes is None else 2) and not unbatched:
-            return False
-        if data.shape[-1] != self.input_size:
-            return False
-        if batch_sizes is not None:
-            batch = int(batch_sizes[0])
+    def _misfit(
+        self, data: object, batch: int | None, states: States | None, weights: list[Direction] | None
+    ) -> str | None:
+        """The first that is not as it should be, dtypes and devices apart; None where all is.
+
+        Torch's ops do not look: oneDNN's LSTM reads and writes as far as the sizes of the input say.
+        """
+        name = self._cell.mode
+        if not isinstance(data, Tensor):
+            return f"input must be a Tensor or a PackedSequence, got {type(data).__name__}"
+        if states is None:
+            return f"{name.lower()} expects {self._expected_hx} for hx"
+        rank, unbatched = data.dim(), False
+        if batch is not None:
+            if rank != 2:
+                return f"input must have 2 dimensions, got {rank}"
+        elif rank == 3:
+            batch = data.shape[0 if self.batch_first else 1]
+        elif rank == 2:
+            unbatched, batch = True, 1
         else:
-            batch = 1 if unbatched else data.shape[0 if self.batch_first else 1]
-        for state, size in zip(states, self._state_sizes(batch), strict=True):
-            if state is not None and state.shape != ((size[0], size[2]) if unbatched else size):
-                return False
+            return f"{name}: Expected input to be 2D or 3D, got {rank}D instead"
+        if data.shape[-1] != self.input_size:
+            return f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {data.shape[-1]}"
+        if states[0] is not None:
+            sizes = self._state_sizes(batch)
+            if unbatched:
+                sizes = tuple((size[0], size[2]) for size in sizes)
+            if misfit := checks.states_misfit(states, sizes):
+                return misfit
+        return self._weights_misfit(weights)
+
+    def _weights_misfit(self, weights: list[Direction] | None) -> str | None:
+        if weights is None:
+            missing = [n for names in self._all_weights for n in names if getattr(self, n, None) is None]
+            return f"{', '.join(missing)} of the {self._cell.mode} must be a Tensor, got None"
         gates, hidden = self._cell.gates * self.hidden_size, self.proj_size or self.hidden_size
-        directions = 2 if self.bidirectional else 1
-        for place, (w_ih, w_hh, b_ih, b_hh, *_) in enumerate(weights):
-            inputs = self.input_size if place < directions else hidden * directions
-            if w_ih.shape != (gates, inputs) or w_hh.shape != (gates, hidden):
-                return False
-            if b_ih is not None and not b_ih.shape == b_hh.shape == (gates,):
-                return False
-        return True
+        directions, inputs = 2 if self.bidirectional else 1, self.input_size
+        square, bias, projection = (gates, hidden), (gates,), (self.proj_size, self.hidden_size)
+        for place, (w_ih, w_hh, b_ih, b_hh, *w_hr) in enumerate(weights):
+            if place == directions:
+                inputs = hidden * directions
+            if (
+                w_ih.shape != (gates, inputs)
+                or w_hh.shape != square
+                or (b_ih is not None and not b_ih.shape == b_hh.shape == bias)
+                or (w_hr and w_hr[0].shape != projection)
+            ):
+                shapes = (gates, inputs), square, *((bias, bias) if self.bias else ()), projection
+                found = (w for w in weights[place] if w is not None)
+                for name, weight, shape in zip(self._all_weights[place], found, shapes, strict=False):
+                    if weight.shape != shape:
+                        return f"{name} must have shape {shape}, got {tuple(weight.shape)}"
+        return None
+
+    def _refuse(self, misfit: str, input: Any, hx: Any) -> NoReturn:
+        """Raises torch's own error where its module has one for these arguments, else ours."""
+        if not support.is_compiling():
+            with _UntilOp(self._cell.sequence_op.__name__, misfit):
+                self._torch_class.forward(self, input, hx)
+        raise RuntimeError(misfit)
+
+
+class _UntilOp(TorchFunctionMode):
+    """Lets torch's module check its arguments, but not call its op, which would compute something of them."""
+
+    def __init__(self, op: str, misfit: str) -> None:
+        self.op, self.misfit = op, misfit
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ == self.op:
+            raise RuntimeError(self.misfit)
+        return func(*args, **(kwargs or {}))
 
 
 class PairedStates:
     """hx as (h, c): the LSTM's part of SequenceModule."""
+
+    _expected_hx = "two hidden states, (h, c),"
 
     def _states(self, hx: Any) -> States | None:
         if hx is None:

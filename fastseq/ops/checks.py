@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from reprlib import repr
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastseq.ops import support
+from fastseq.ops.lengths import readable
 
 if TYPE_CHECKING:
+    from torch.nn.utils.rnn import PackedSequence
+
     from fastseq.ops.cell import Cell, Direction
 
 
@@ -47,6 +51,51 @@ def check_not_packed(**given: object) -> None:
             raise ValueError(f"{name} cannot be given with a PackedSequence")
 
 
+def check_packed(packed: PackedSequence) -> int:
+    """The fields of a PackedSequence, which anyone can make by hand: torch's ops take most of them as they are. Returns
+    the batch size."""
+    data, batch_sizes, sorted_indices, unsorted_indices = packed
+    check_tensor("data of a PackedSequence", data)
+    check_tensor("batch_sizes of a PackedSequence", batch_sizes)
+    if batch_sizes.device.type != "cpu":
+        raise ValueError(f"batch_sizes should always be on CPU, got {batch_sizes.device}")
+    if batch_sizes.dtype is not torch.int64:
+        raise RuntimeError(f"expected scalar type Long for batch_sizes but found {batch_sizes.dtype}")
+    if batch_sizes.dim() != 1 or not batch_sizes.shape[0]:
+        raise RuntimeError(f"batch_sizes must have shape (T,), T > 0, got {tuple(batch_sizes.shape)}")
+    if not readable(batch_sizes):
+        return int(batch_sizes[0])
+    sizes = batch_sizes.tolist()
+    batch = sizes[0]
+    if sizes[-1] < 1 or sizes != sorted(sizes, reverse=True):
+        raise RuntimeError(f"batch_sizes must be positive and never rise, got {repr(sizes)}")
+    if data.dim() and sum(sizes) != data.shape[0]:
+        raise RuntimeError(f"batch_sizes must sum to the {data.shape[0]} rows of data, got {sum(sizes)}")
+    given = [("sorted_indices", sorted_indices), ("unsorted_indices", unsorted_indices)]
+    orders = [_order(name, indices, batch, data.device) for name, indices in given if indices is not None]
+    if len(orders) == 2 and None not in orders and [orders[0][i] for i in orders[1]] != list(range(batch)):
+        found = f"{repr(orders[1])} for {repr(orders[0])}"
+        raise RuntimeError(f"unsorted_indices must be the inverse of sorted_indices, got {found}")
+    return batch
+
+
+def _order(name: str, indices: object, batch: int, device: torch.device) -> list[int] | None:
+    """The values, a permutation; None of another device than the CPU, which would be waited for."""
+    check_tensor(name, indices)
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise RuntimeError(f"index_select(): Expected dtype int32 or int64 for index, got {indices.dtype} for {name}")
+    if indices.shape != (batch,):
+        raise RuntimeError(f"{name} must have shape {(batch,)}, got {tuple(indices.shape)}")
+    if indices.device != device:
+        raise RuntimeError(f"Input and {name} are not at the same device, found {device} and {indices.device}")
+    if not indices.is_cpu or not readable(indices):
+        return None
+    order = indices.tolist()
+    if sorted(order) != list(range(batch)):
+        raise RuntimeError(f"{name} must be a permutation of 0 .. {batch - 1}, got {repr(order)}")
+    return order
+
+
 def check_state_pair(name: str, hx: object) -> tuple[Tensor, Tensor]:
     """The (h, c) of an LSTM."""
     if not isinstance(hx, tuple | list):
@@ -59,19 +108,34 @@ def check_state_pair(name: str, hx: object) -> tuple[Tensor, Tensor]:
     return h, c
 
 
-def check_state_sizes(states: Sequence[Tensor | None], sizes: Sequence[tuple[int, ...]]) -> None:
-    """Initial states of `step`: each must have its size."""
-    pair = all(state is not None for state in states)
+def states_misfit(states: Sequence[Tensor | None], sizes: Sequence[tuple[int, ...]]) -> str | None:
+    """What is wrong with the sizes of initial states, in torch's words."""
     for i, (state, size) in enumerate(zip(states, sizes, strict=True)):
-        if state is not None and tuple(state.shape) != size:
-            what = f"Expected hidden[{i}] size" if pair else "Expected hidden size"
-            raise RuntimeError(f"{what} {size}, got {list(state.shape)}")
+        if state is not None and state.shape != size:
+            what = "Expected hidden size" if states[1] is None else f"Expected hidden[{i}] size"
+            return f"{what} {size}, got {list(state.shape)}"
+    return None
 
 
-def alike(tensors: Sequence[Tensor | None]) -> bool:
-    """True where all have the device and the dtype of the first. Autocast casts: under it dtypes may differ."""
+def unlike(tensors: Sequence[Tensor | None], others: int) -> str | None:
+    """The first tensor with another device or dtype than the input's, which comes first, then states, then, from place
+    `others` on, parameters. Autocast casts: under it dtypes may differ.
+    """
     first, autocast = tensors[0], support.any_autocast()
-    return all(t is None or ((autocast or t.dtype is first.dtype) and t.device == first.device) for t in tensors)
+    for place, t in enumerate(tensors):
+        if t is None or ((autocast or t.dtype is first.dtype) and t.device == first.device):
+            continue
+        what = "hidden" if place < others else "parameter"
+        if t.device != first.device:
+            return (
+                f"Input and {what} tensors are not at the same device, "
+                f"found input tensor at {first.device} and {what} tensor at {t.device}"
+            )
+        return (
+            f"Input and {what} tensors are not the same dtype, "
+            f"found input tensor with {first.dtype} and {what} tensor with {t.dtype}"
+        )
+    return None
 
 
 def check_states(input: Tensor, states: Sequence[Tensor | None], or_float32: bool = False) -> None:
