@@ -2,34 +2,86 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import FunctionType, ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from fastseq.ops import scaled_dot_product_attention
-from fastseq.ops.attention import torch_attention
+from fastseq.ops.attention import overridden, torch_attention
 
 __all__ = ["sdpa_kernels"]
 
-# Why the name in torch.nn.functional and not a TorchFunctionMode: a mode is asked on every torch call, which costs
-# 1.5 us (measured: an addition of 8 numbers takes 2.9 us under an empty mode, 1.4 us without).
-_inside: ContextVar[bool] = ContextVar("sdpa_kernels", default=False)
+# Why a name in torch.nn.functional and not a TorchFunctionMode: a mode is asked on every torch call, which costs 1.5 us
+# (measured: an addition of 8 numbers takes 2.9 us under an empty mode, 1.4 us without). While a block is open the name
+# is also a property of the module, 50 ns a call: overrides of torch's function compare it with the name, and so must
+# find torch's own there, and other threads do, too.
+NAME = "scaled_dot_product_attention"
+# The functions that compare with the name: overrides, which also run where torch's op was called by another name and
+# so did not pass through ours, and the makers of the cached tables of torch.overrides.
+OVERRIDES = frozenset(("__torch_function__", "get_testing_overrides", "_get_overridable_functions"))
+_depth: ContextVar[int] = ContextVar("sdpa_kernels", default=0)  # of the blocks that this thread or task is in
 _lock = threading.Lock()
 _blocks = 0  # entered and not yet left, in all threads
-_outside: Any = torch_attention  # what the name stood for: torch's op, or what others have put there
 
 
-def _attention(*args: Any, **kwargs: Any) -> Tensor:
-    # The compiler first: it cannot see through a ContextVar, and torch's own op is what it knows.
-    if torch.compiler.is_compiling() or not _inside.get():
-        return _outside(*args, **kwargs)
-    return scaled_dot_product_attention(*args, **kwargs)
+def _over(below: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What the name gives inside a block: fastseq's function there, `below` outside of blocks."""
+
+    def attention(*args: Any, **kwargs: Any) -> Tensor:
+        # The compiler first: it cannot see through a ContextVar, and torch's own op is what it knows.
+        if torch.compiler.is_compiling() or _depth.get() <= 0:
+            return below(*args, **kwargs)
+        given = (*args, *kwargs.values())
+        if has_torch_function(given) and overridden(given):
+            # Overrides see what they see without the block: torch's function called, and its name bound to it.
+            token = _depth.set(0)
+            try:
+                return below(*args, **kwargs)
+            finally:
+                _depth.reset(token)
+        return scaled_dot_product_attention(*args, **kwargs)
+
+    attention.__name__ = NAME
+    _made[attention] = below
+    return attention
+
+
+_made: WeakKeyDictionary[Callable[..., Tensor], Callable[..., Tensor]] = WeakKeyDictionary()  # what is below each
+_over_torchs = _over(torch_attention)
+_over_torchs.__qualname__ = "_over_torchs"  # by which pickle finds it
+_below, _ours = torch_attention, _over_torchs  # in the open blocks
+
+
+def _theirs(function: Any) -> Any:
+    """The function itself, or what is below one of ours."""
+    return _made.get(function, function) if type(function) is FunctionType else function
+
+
+class _Functional(ModuleType):
+    """torch.nn.functional while a block is open, and after it where others have patched the name."""
+
+    @property
+    def scaled_dot_product_attention(self) -> Callable[..., Tensor]:
+        there = self.__dict__[NAME]
+        if there is not _ours:
+            return there
+        if _depth.get() <= 0 or sys._getframe(1).f_code.co_name in OVERRIDES:
+            return _below
+        return _ours
+
+    @scaled_dot_product_attention.setter
+    def scaled_dot_product_attention(self, function: Any) -> None:
+        self.__dict__[NAME] = function if function is _ours and _blocks else _theirs(function)
 
 
 @contextmanager
@@ -37,10 +89,11 @@ def sdpa_kernels() -> Iterator[None]:
     """Inside the block, `torch.nn.functional.scaled_dot_product_attention` is `fastseq.scaled_dot_product_attention`.
 
     For models that call that function themselves, which `fuse` cannot see. Calls that the kernels do not serve take
-    torch's op, as always; so do the graphs of torch.compile. Holds for this thread or task, not for threads started
-    inside; blocks may be nested. What has the function under another name, by `from torch.nn.functional import
-    scaled_dot_product_attention`, is not reached, and torch.jit.script does not work inside. Where checkpointing runs a
-    forward again, the backward belongs inside too.
+    torch's op, as always; so do the graphs of torch.compile, and calls that a mode or a tensor subclass overrides,
+    which see torch's own function. Holds for this thread or task, not for threads started inside; blocks may be nested.
+    Who patches the name inside the block is on top, and stays so after it. What has the function under another name, by
+    `from torch.nn.functional import scaled_dot_product_attention`, is not reached, and torch.jit.script does not work
+    inside. Where checkpointing runs a forward again, the backward belongs inside too.
 
     Example:
         >>> import torch, fastseq
@@ -51,18 +104,22 @@ def sdpa_kernels() -> Iterator[None]:
         >>> out.shape
         torch.Size([2, 8, 5, 16])
     """
-    global _blocks, _outside
+    global _blocks, _below, _ours
     with _lock:
         if _blocks == 0:
-            _outside = F.scaled_dot_product_attention
-            F.scaled_dot_product_attention = _attention
+            _below = _theirs(F.__dict__[NAME])
+            _ours = F.__dict__[NAME] = _over_torchs if _below is torch_attention else _over(_below)
+            F.__class__ = _Functional
         _blocks += 1
-    token = _inside.set(True)
+    _depth.set(_depth.get() + 1)
     try:
         yield
     finally:
-        _inside.reset(token)
+        _depth.set(_depth.get() - 1)
         with _lock:
             _blocks -= 1
             if _blocks == 0:
-                F.scaled_dot_product_attention = _outside
+                if F.__dict__[NAME] is _ours:
+                    F.__dict__[NAME] = _below
+                if F.__dict__[NAME] is torch_attention:  # else who undoes a patch may put back one of ours
+                    F.__class__ = ModuleType

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Iterable
 from functools import partial
 from types import ModuleType
 
@@ -60,7 +62,8 @@ def scaled_dot_product_attention(
         key: (B, Nk, S, E), where Nk is N or 1, or with `enable_gqa` a divisor of N.
         value: (B, Nk, S, Ev).
         attn_mask: broadcasts to (B, N, L, S) and has two axes or more. bool: True where a query may see a key; of the
-            query's dtype: added to the scores, with a gradient in its own shape.
+            query's dtype: added to the scores, with a gradient in its own shape. Or a causal bias of
+            torch.nn.attention.bias, which takes no memory.
         dropout_p: the probability with which a weight becomes zero; the others grow by 1 / (1 - dropout_p). Always
             applied. One number drawn from torch's default generator seeds the call, so `torch.manual_seed` repeats it,
             on any number of threads; the stream is not torch's.
@@ -118,6 +121,14 @@ def scaled_dot_product_attention(
         out = _plain(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         if out is not None:
             return out
+    if plain and not is_causal and _causal_bias(attn_mask):
+        alignment = _alignment(query, key, value, attn_mask)
+        if alignment is not None:
+            is_causal = alignment == "upper_left"
+            causal = None if is_causal else alignment
+            return scaled_dot_product_attention(
+                query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, causal=causal
+            )
     beyond = (causal, window, lengths_q, lengths_k, cu_seqlens_q, cu_seqlens_k, softcap, alibi_slopes)
     torchs = partial(
         torch_attention, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -196,13 +207,41 @@ def _plain(
             if differentiable:
                 return apply_plain(backend, scale, right, query, key, value)
             return backend.attention_forward(query, key, value, scale=scale, right=right, out=out)[0]
-        if differentiable or is_causal or attn_mask.dim() < 2 or (attn_mask.requires_grad and torch.is_grad_enabled()):
+        if differentiable or is_causal or type(attn_mask) not in support.PLAIN_TYPES or attn_mask.dim() < 2:
+            return None
+        if attn_mask.requires_grad and torch.is_grad_enabled():
             return None
         kind = "allowed" if attn_mask.dtype is torch.bool else "bias"
         mask = attn_mask.expand(*query.shape[:3], key.shape[2])
         return backend.attention_forward(query, key, value, scale=scale, out=out, **{kind: mask})[0]
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return None
+
+
+def _causal_bias(mask: object) -> bool:
+    """True for the causal masks of torch.nn.attention.bias, whose import takes a second: it brings the compiler."""
+    if mask is None or type(mask) in support.PLAIN_TYPES or support.is_compiling():
+        return False
+    module = sys.modules.get("torch.nn.attention.bias")
+    return module is not None and type(mask) is module.CausalBias
+
+
+def _alignment(query: object, key: object, value: object, mask: Tensor) -> str | None:
+    """What `causal` says as this causal bias does, None where torch has to speak."""
+    if _route(query, key, value, None, None)[0] is not Route.KERNELS:
+        return None
+    if mask.seq_len_q == mask.seq_len_kv or mask.variant.name == "UPPER_LEFT":
+        return "upper_left"  # whatever its size, as torch has it
+    return "lower_right" if (*query.shape[-2:-1], *key.shape[-2:-1]) == (mask.seq_len_q, mask.seq_len_kv) else None
+
+
+def overridden(arguments: Iterable[object]) -> bool:
+    """True where a mode or a tensor subclass overrides torch's function called with these arguments, but for torch's
+    causal biases, which `scaled_dot_product_attention` knows."""
+    return support.foreign_function_modes() or any(
+        type(a) not in support.PLAIN_TYPES and hasattr(type(a), "__torch_function__") and not _causal_bias(a)
+        for a in arguments
+    )
 
 
 def _route(query: object, key: object, value: object, mask: object, slopes: object) -> tuple[Route, ModuleType | None]:

@@ -66,7 +66,9 @@ SERVICE: tuple[Service, ...] = (
     Service("cells: strided last axis, weights not contiguous", "torch", "a copy would cost as much as the step"),
     Service("an axis of size 0", "torch", "nothing to compute"),
     Service("autocast", "torch", "result dtypes are torch's, which differ by cell"),
-    Service("tensor subclasses, nested and FakeTensors, modes", "torch", "a kernel reads plain memory only"),
+    Service(
+        "tensor subclasses, nested and FakeTensors, modes", "torch", "plain memory only; but causal biases: kernels"
+    ),
     Service("forward-mode AD, torch.func (vmap, grad, jvp, ...)", "torch ops", "for all cells and attention"),
     Service("create_graph=True", "torch", "the kernels' backward cannot be differentiated"),
     Service("gradients given batched (is_grads_batched) or as subclasses", "torch", "as for inputs"),
@@ -93,8 +95,9 @@ def saving_hooks() -> bool:
     return _saving_hooks(True) is not None
 
 
-def _foreign_function_modes() -> bool:
-    # torch.set_default_device leaves a mode on the stack for good. It touches factory functions only.
+def foreign_function_modes() -> bool:
+    """True where a mode sees the calls of torch's functions. That of torch.set_default_device, which stays on the stack
+    for good, touches factory functions only."""
     return not all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
@@ -110,7 +113,7 @@ def observed() -> bool:
         or transforms_active()
         or forward_ad._current_level >= 0
         or dispatch_modes()
-        or (function_modes() and _foreign_function_modes())
+        or (function_modes() and foreign_function_modes())
         or tracing() is not None
         or any_autocast()
     )
@@ -133,7 +136,7 @@ def plain(tensor: Tensor, dtype: torch.dtype, cuda: bool = False) -> bool:
 def composes(tensors: Iterable[Tensor | None]) -> bool:
     """True where torch ops of ours may stand for one of torch's functions: no subclass or mode is there to see that
     function called, and the tensors fit together."""
-    if not kernels_selected(False) or (not is_compiling() and function_modes() and _foreign_function_modes()):
+    if not kernels_selected(False) or (not is_compiling() and function_modes() and foreign_function_modes()):
         return False
     given = [t for t in tensors if t is not None]
     first = given[0]
