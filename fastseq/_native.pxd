@@ -38,7 +38,7 @@ cdef extern from "dlpack.h" nogil:
             DLTensor*, DLManagedTensorVersioned**, void*, void (*)(void*, const char*, const char*) noexcept
         ) except -1
         int (*managed_tensor_to_py_object_no_sync)(DLManagedTensorVersioned*, void**) except -1
-        int (*dltensor_from_py_object_no_sync)(void*, DLTensor*) except -1
+        int (*dltensor_from_py_object_no_sync)(void*, DLTensor*) noexcept  # -1: with an exception set
 
 cdef extern from "cpu/threads.h" namespace "fastseq" nogil:
     void* allocate(int64_t)

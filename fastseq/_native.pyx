@@ -81,7 +81,7 @@ def checksum(tensor, int threads):
 cdef int64_t read_bytes(tensor, View* view) except -1:
     read(tensor, "tensor", view)
     if view.dtype < 0:
-        raise TypeError(f"tensor must have one of the dtypes {', '.join(DTYPES)}, got {tensor.dtype}")
+        raise Refused(f"tensor must have one of the dtypes {', '.join(DTYPES)}, got {tensor.dtype}")
     return check_contiguous(view, "tensor") * ITEM_SIZE[view.dtype]
 
 
@@ -312,13 +312,13 @@ cdef int check_status(Status status) except -1:
 
 cdef int check_aligned(const void* memory) except -1:
     if <uintptr_t>memory % 64:
-        raise ValueError("saved must be 64-byte aligned")
+        raise Refused("saved must be 64-byte aligned")
     return 0
 
 
 cdef required(tensor, str name):
     if tensor is None:
-        raise TypeError(f"{name} must be a tensor, got None")
+        raise Refused(f"{name} must be a tensor, got None")
     return tensor
 
 
@@ -329,7 +329,7 @@ cdef int start(Problem* problem, cell, int threads) except -1:
     memset(problem, 0, sizeof(Problem))
     index = CELLS.get(cell)
     if index is None:
-        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+        raise Refused(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
     problem.cell = index
     problem.place, problem.dtypes = CPU, kDtypes
     problem.params.threads = threads if threads > 1 else 1
@@ -358,7 +358,7 @@ cdef int read_input(
             p.batch = p.batch_sizes[0]
         problem.rows = check_batch_sizes(p)
     elif packed:
-        raise ValueError("a packed sequence needs batch_sizes")
+        raise Refused("a packed sequence needs batch_sizes")
     read_sequence(&p.x, x, "x", problem, p.input_size, False)
     if order is not None:
         read_order(p, order)
@@ -376,7 +376,7 @@ cdef int64_t rows_of(h_0, c_0, order) except -1:
         if tensor is not None:
             read_anywhere(tensor, name, &view)
             if view.dims == 0:
-                raise ValueError(f"{name} must not be a scalar")
+                raise Refused(f"{name} must not be a scalar")
             return view.shape[0]
     return 0
 
@@ -388,7 +388,7 @@ cdef int64_t check_batch_sizes(const RecurrentParams* p) except -1:
     cdef int64_t t
     for t in range(p.steps):
         if p.batch_sizes[t] < 1 or p.batch_sizes[t] > above:
-            raise ValueError(f"batch_sizes must not increase and lie in [1, {p.batch}], got {p.batch_sizes[t]} at {t}")
+            raise Refused(f"batch_sizes must not increase and lie in [1, {p.batch}], got {p.batch_sizes[t]} at {t}")
         above = p.batch_sizes[t]
         rows += above
     return rows
@@ -409,7 +409,7 @@ cdef int read_order(RecurrentParams* p, order) except -1:
         for b in range(p.batch):
             index = p.order[b]
             if index < 0 or index >= p.batch or taken[index]:
-                raise ValueError(f"order must be a permutation of 0 .. {p.batch - 1}, got {index} at {b}")
+                raise Refused(f"order must be a permutation of 0 .. {p.batch - 1}, got {index} at {b}")
             taken[index] = 1
     finally:
         free(taken)
@@ -422,7 +422,7 @@ cdef int read_weights(Problem* problem, w_ih, w_hh, b_ih, b_hh) except -1:
     cdef int64_t rows
     read_at(&problem.place, w_hh, "w_hh", &view)
     if view.dims != 2 or view.shape[1] < 1:
-        raise ValueError(f"w_hh must have shape (gates * H, H), got {shape_of(&view)}")
+        raise Refused(f"w_hh must have shape (gates * H, H), got {shape_of(&view)}")
     p.hidden_size = view.shape[1]
     rows = GATES[problem.cell] * p.hidden_size
     check(&view, "w_hh", problem.dtype, rows, p.hidden_size, -1)
@@ -432,7 +432,7 @@ cdef int read_weights(Problem* problem, w_ih, w_hh, b_ih, b_hh) except -1:
     p.b_ih = read_weight(&problem.place, b_ih, "b_ih", problem.dtype, rows, -1)
     p.b_hh = read_weight(&problem.place, b_hh, "b_hh", problem.dtype, rows, -1)
     if (p.b_ih == NULL) != (p.b_hh == NULL):
-        raise ValueError("b_ih and b_hh must both be given or both be None")
+        raise Refused("b_ih and b_hh must both be given or both be None")
     return 0
 
 
@@ -441,14 +441,14 @@ cdef int read_states(Problem* problem, h_0, c_0, bint float_state) except -1:
     cdef RecurrentParams* p = &problem.params
     cdef double elements = <double>p.steps * p.batch * (p.input_size + 8.0 * p.hidden_size)
     if elements > 2.0**59:
-        raise RuntimeError(f"{p.steps} steps of {p.batch} rows are too many for one call")
+        raise Refused(f"{p.steps} steps of {p.batch} rows are too many for one call")
     if float_state and problem.dtype != kBFloat16:
-        raise ValueError(f"float_state is for bfloat16, got {DTYPES[problem.dtype]}")
+        raise Refused(f"float_state is for bfloat16, got {DTYPES[problem.dtype]}")
     p.float_state = float_state
     problem.state_dtype = kFloat32 if float_state else problem.dtype
     read_state(&p.h_0, h_0, "h_0", problem)
     if c_0 is not None and problem.cell != kLstm:
-        raise ValueError("c_0 is for the LSTM only")
+        raise Refused("c_0 is for the LSTM only")
     return read_state(&p.c_0, c_0, "c_0", problem)
 
 
@@ -457,13 +457,13 @@ cdef int use_panels(Problem* problem, Panels panels) except -1:
     if panels is None:
         return 0
     if panels.table != active:
-        raise ValueError(f"panels are packed for {panels.isa}, the active instruction set is {active_isa()}")
+        raise Refused(f"panels are packed for {panels.isa}, the active instruction set is {active_isa()}")
     if (
         panels.cell != problem.cell
         or panels.dtype != problem.dtype
         or panels.input_size != p.input_size
         or panels.hidden_size != p.hidden_size
     ):
-        raise ValueError("panels are packed from weights of another cell, dtype or shape")
+        raise Refused("panels are packed from weights of another cell, dtype or shape")
     p.panels = panels.memory
     return 0

@@ -30,8 +30,8 @@ def attention_forward(
     Args:
         q: (B, N, L, D), or (1, N, total, D) of a packed batch with `q_starts`, `q_lengths` and `max_q`.
         k, v: (B, Nk, S, D) and (B, Nk, S, E), or packed in the same way.
-        bias, allowed: (B, N, L, S), expanded by the caller; the former of q's dtype, the latter bool, True where the
-            query may see the key. L and S are max_q and max_k in a packed batch.
+        bias, allowed: what broadcasts to (B, N, L, S); the former of q's dtype, the latter bool, True where the query
+            may see the key. L and S are max_q and max_k in a packed batch.
         softcap: 0 for none.
         left, right: query i sees the keys j with -left <= j - (i + shift) <= right. None: all of that side.
         lower_right: shift is the sequence's number of keys less that of queries; otherwise 0.
@@ -70,7 +70,7 @@ def attention_forward(
 
 
 def attention_backward(
-    q, k, v, out, lse, dout, *, needs, dlse=None, bias_shape=None, double scale, bias=None, allowed=None,
+    q, k, v, out, lse, dout, *, needs, dlse=None, double scale, bias=None, allowed=None,
     double softcap=0, left=None, right=None, bint lower_right=False, q_lengths=None, k_lengths=None, q_starts=None,
     k_starts=None, max_q=None, max_k=None, alibi_slopes=None, double dropout_p=0, uint64_t seed=0,
     dq=None, dk=None, dv=None
@@ -81,8 +81,6 @@ def attention_backward(
         out, lse: what `attention_forward(return_lse=True)` returned for the same arguments.
         dout, dlse: their gradients; None for zero.
         needs: four bools, in the order of the result.
-        bias_shape: the shape of the bias before it was expanded, 1 where it was broadcast; dbias has it. None: that of
-            `bias`.
         dq, dk, dv: to write into, with rows of a packed batch that are in no sequence left as they are. None: new
             tensors, laid out like q, k and v.
     """
@@ -113,7 +111,7 @@ def attention_backward(
     elif needs_v:
         dv = empty_heads(&p.dv, &problem, problem.v, p.value_dim, problem.k_packed, problem.k_gaps)
     if needs_bias and bias is not None:
-        dbias = empty_bias(&problem, bias.shape if bias_shape is None else bias_shape)
+        dbias = empty_bias(&problem, bias.shape)
     with nogil:
         status = active.attention[problem.dtype].backward(p[0])
     check_status(status)
@@ -146,17 +144,17 @@ cdef int read_attention(
     problem.q_rows, problem.k_rows = query.shape[2], key.shape[2]
     p.heads, p.kv_heads, p.head_dim, p.value_dim = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
     if p.heads % p.kv_heads:
-        raise ValueError(f"q must have a multiple of the {p.kv_heads} heads of k, got {p.heads}")
+        raise Refused(f"q must have a multiple of the {p.kv_heads} heads of k, got {p.heads}")
     p.batch = batch_of(query, "q", q_lengths, problem.q_packed)
     if batch_of(key, "k", k_lengths, problem.k_packed) != p.batch:
-        raise ValueError(f"q and k must have the same batch size, got shapes {shape_of(query)} and {shape_of(key)}")
+        raise Refused(f"q and k must have the same batch size, got shapes {shape_of(query)} and {shape_of(key)}")
     p.queries = longest(max_q, "max_q", problem.q_rows, problem.q_packed)
     p.keys = longest(max_k, "max_k", problem.k_rows, problem.k_packed)
     # Also refuses what no kernel could index.
     if <double>p.batch * (p.heads + p.kv_heads) * (<double>p.queries + p.keys) * (
         p.head_dim + p.value_dim + 1024.0
     ) > 2.0**55:
-        raise RuntimeError(f"{p.batch} rows of {p.heads} heads are too many for one call")
+        raise Refused(f"{p.batch} rows of {p.heads} heads are too many for one call")
     set_heads(&p.q, query, "q", problem, p.heads, problem.q_rows, p.head_dim, problem.q_packed)
     set_heads(&p.k, key, "k", problem, p.kv_heads, problem.k_rows, p.head_dim, problem.k_packed)
     set_heads(&p.v, value, "v", problem, p.kv_heads, problem.k_rows, p.value_dim, problem.k_packed)
@@ -172,10 +170,10 @@ cdef int read_attention(
     p.lower_right = lower_right
     p.scale = scale
     if not 0 <= softcap < float("inf"):
-        raise ValueError(f"softcap must be 0, for none, or positive, got {softcap}")
+        raise Refused(f"softcap must be 0, for none, or positive, got {softcap}")
     p.softcap = softcap
     if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+        raise Refused(f"dropout_p must be in [0, 1), got {dropout_p}")
     p.dropout_p, p.seed = dropout_p, seed
     p.threads = max(1, <int>count_threads())
     return 0
@@ -186,12 +184,12 @@ cdef int64_t batch_of(const View* view, str name, lengths, bint packed) except -
     if not packed:
         return view.shape[0]
     if view.shape[0] != 1:
-        raise ValueError(f"{name} must have shape (1, heads, total, dim) in a packed batch, got {shape_of(view)}")
+        raise Refused(f"{name} must have shape (1, heads, total, dim) in a packed batch, got {shape_of(view)}")
     if lengths is None:
-        raise ValueError(f"{name}_starts needs {name}_lengths")
+        raise Refused(f"{name}_starts needs {name}_lengths")
     read(lengths, f"{name}_lengths", &sizes)
     if sizes.dims != 1 or sizes.shape[0] < 1:
-        raise ValueError(f"{name}_lengths must have shape (B,), got {shape_of(&sizes)}")
+        raise Refused(f"{name}_lengths must have shape (B,), got {shape_of(&sizes)}")
     return sizes.shape[0]
 
 
@@ -200,13 +198,13 @@ cdef int64_t longest(given, str name, int64_t rows, bint packed) except -1:
     cdef int64_t most
     if not packed:
         if given is not None and given != rows:
-            raise ValueError(f"{name} must be {rows}, got {given}")
+            raise Refused(f"{name} must be {rows}, got {given}")
         return rows
     if given is None:
-        raise TypeError(f"a packed batch needs {name}")
+        raise Refused(f"a packed batch needs {name}")
     most = given
     if most < 0 or most > rows:
-        raise ValueError(f"{name} must be in [0, {rows}], got {most}")
+        raise Refused(f"{name} must be in [0, {rows}], got {most}")
     return most
 
 
@@ -226,7 +224,7 @@ cdef const int64_t* read_lengths(lengths, str name, int64_t batch, int64_t most)
     data = <const int64_t*>view.data
     for b in range(batch):
         if data[b] < 0 or data[b] > most:
-            raise ValueError(f"{name} must be in [0, {most}], got {data[b]} at {b}")
+            raise Refused(f"{name} must be in [0, {most}], got {data[b]} at {b}")
     return data
 
 
@@ -247,7 +245,7 @@ cdef const int64_t* read_starts(
     data = <const int64_t*>view.data
     for b in range(batch):
         if data[b] < end or data[b] > rows - lengths[b]:
-            raise ValueError(
+            raise Refused(
                 f"{name} must name rows after each other within {rows}, got {data[b]} with length {lengths[b]} at {b}"
             )
         end = data[b] + lengths[b]
@@ -262,7 +260,7 @@ cdef int set_heads(
 ) except -1:
     cdef int64_t batch = 1 if packed else problem.params.batch
     if view.dtype != problem.dtype:
-        raise TypeError(f"{name} must have dtype {DTYPES[problem.dtype]}, got {dtype_name(view)}")
+        raise Refused(f"{name} must have dtype {DTYPES[problem.dtype]}, got {dtype_name(view)}")
     if (
         view.dims != 4
         or view.shape[0] != batch
@@ -270,7 +268,7 @@ cdef int set_heads(
         or view.shape[2] != rows
         or view.shape[3] != columns
     ):
-        raise ValueError(f"{name} must have shape {(batch, heads, rows, columns)}, got {shape_of(view)}")
+        raise Refused(f"{name} must have shape {(batch, heads, rows, columns)}, got {shape_of(view)}")
     check_unit_stride(view, name)
     store_heads(out, view, packed)
     return 0
@@ -349,24 +347,21 @@ cdef const void* read_mask(
 ) except? NULL:
     cdef const AttentionParams* p = &problem.params
     cdef View view
-    cdef int axis
+    cdef int axis, own
+    cdef int64_t[4] full = [p.batch, p.heads, p.queries, p.keys]
     if tensor is None:
         return NULL
     read_at(&problem.place, tensor, name, &view)
     if view.dtype != dtype:
-        raise TypeError(f"{name} must have dtype {DTYPES[dtype]}, got {dtype_name(&view)}")
-    if (
-        view.dims != 4
-        or view.shape[0] != p.batch
-        or view.shape[1] != p.heads
-        or view.shape[2] != p.queries
-        or view.shape[3] != p.keys
-    ):
-        raise ValueError(
-            f"{name} must have shape {(p.batch, p.heads, p.queries, p.keys)}, got {shape_of(&view)}"
-        )
+        raise Refused(f"{name} must have dtype {DTYPES[dtype]}, got {dtype_name(&view)}")
     for axis in range(4):
-        strides[axis] = view.stride[axis]
+        own = axis - 4 + view.dims
+        if own < 0 or view.shape[own] == 1:
+            strides[axis] = 0
+        elif view.shape[own] == full[axis]:
+            strides[axis] = view.stride[own]
+        else:
+            raise Refused(f"{name} must broadcast to shape {tuple(full)}, got {shape_of(&view)}")
     return view.data
 
 
@@ -382,22 +377,23 @@ cdef int read_slopes(AttentionProblem* problem, tensor) except -1:
     return 0
 
 
-# The gradient of the bias, in the shape that it had before it was expanded.
+# The gradient of the bias, in its shape.
 cdef object empty_bias(AttentionProblem* problem, shape):
     set_bias_strides(problem, shape)
     return empty(&problem.params.dbias, problem.compute_dtype, tuple(shape))
 
 
-# Returns the number of elements.
-cdef int64_t set_bias_strides(AttentionProblem* problem, shape) except -1:
+cdef int set_bias_strides(AttentionProblem* problem, shape) except -1:
     cdef AttentionParams* p = &problem.params
     cdef int64_t count = 1
+    cdef int64_t size
     cdef int axis
     cdef int64_t[4] full = [p.batch, p.heads, p.queries, p.keys]
-    shape = tuple(shape)
-    if len(shape) != 4 or any([shape[axis] != 1 and shape[axis] != full[axis] for axis in range(4)]):
-        raise ValueError(f"bias_shape must have 4 sizes, each 1 or that of {tuple(full)}, got {shape}")
+    shape = (1,) * (4 - len(shape)) + tuple(shape)
     for axis in range(3, -1, -1):
-        p.dbias_strides[axis] = 0 if shape[axis] != full[axis] else count
-        count *= shape[axis]
-    return count
+        size = shape[axis]
+        if size != 1 and size != full[axis]:
+            raise Refused(f"the gradient of the bias must broadcast to shape {tuple(full)}, got {shape}")
+        p.dbias_strides[axis] = 0 if size != full[axis] else count
+        count *= size
+    return 0

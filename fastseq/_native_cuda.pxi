@@ -38,7 +38,7 @@ cdef class CudaLibrary:
         if not read_x:
             p.x.data = NULL
         elif p.steps != 1:
-            raise ValueError(f"only a single step reads x, got {p.steps}")
+            raise Refused(f"only a single step reads x, got {p.steps}")
         read_sequence(&p.y, required(y, "y"), "y", &problem, p.hidden_size, True)
         read_state(&p.h_n, h_n, "h_n", &problem)
         read_state(&p.c_n, c_n, "c_n", &problem)
@@ -174,7 +174,7 @@ cdef class CudaLibrary:
         set_bias_strides(problem, dbias.shape)
         read_at(&problem.place, dbias, "dbias", &view)
         if view.dtype != problem.compute_dtype:
-            raise TypeError(f"dbias must have dtype {DTYPES[problem.compute_dtype]}, got {dtype_name(&view)}")
+            raise Refused(f"dbias must have dtype {DTYPES[problem.compute_dtype]}, got {dtype_name(&view)}")
         check_contiguous(&view, "dbias")
         problem.params.dbias = view.data
         return 0

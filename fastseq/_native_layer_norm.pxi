@@ -64,7 +64,7 @@ cdef int start_layer_norm(
     memset(problem, 0, sizeof(LayerNormProblem))
     read(rows, name, &view)
     if view.dims < 1 or view.dims > 3:
-        raise ValueError(f"{name} must have 1 to 3 dimensions, got {view.dims}")
+        raise Refused(f"{name} must have 1 to 3 dimensions, got {view.dims}")
     check_float(&view, name, view.dims)
     problem.dtype, problem.dims = view.dtype, view.dims
     problem.compute_dtype = kFloat64 if view.dtype == kFloat64 else kFloat32
@@ -73,7 +73,7 @@ cdef int start_layer_norm(
     p.features = view.shape[view.dims - 1]
     # Expanded axes have no memory of their own: the results must still be something that can be indexed.
     if <double>p.steps * p.batch * p.features > 2.0**55:
-        raise RuntimeError(f"{name} is too large for one call, got shape {shape_of(&view)}")
+        raise Refused(f"{name} is too large for one call, got shape {shape_of(&view)}")
     set_rows(out, &view, name)
     p.weight = read_weight(&CPU, weight, "weight", problem.dtype, p.features, -1)
     p.threads = threads if threads > 1 else 1
@@ -99,9 +99,9 @@ cdef int read_rows_of(Sequence* out, tensor, str name, const LayerNormProblem* p
         return 0
     read(tensor, name, &view)
     if view.dtype != problem.dtype:
-        raise TypeError(f"{name} must have dtype {DTYPES[problem.dtype]}, got {dtype_name(&view)}")
+        raise Refused(f"{name} must have dtype {DTYPES[problem.dtype]}, got {dtype_name(&view)}")
     if shape_of(&view) != shape_of_rows(problem):
-        raise ValueError(f"{name} must have shape {shape_of_rows(problem)}, got {shape_of(&view)}")
+        raise Refused(f"{name} must have shape {shape_of_rows(problem)}, got {shape_of(&view)}")
     return set_rows(out, &view, name)
 
 

@@ -49,22 +49,22 @@ def linear_forward(x, LinearPanels panels not None, int threads):
     cdef Status status
     cdef tuple shape
     if panels.table != active:
-        raise ValueError(f"panels were packed for {panels.isa}, the active instruction set is {active_isa()}")
+        raise Refused(f"panels were packed for {panels.isa}, the active instruction set is {active_isa()}")
     memset(&p, 0, sizeof(p))
     read(x, "x", &view)
     if view.dims < 1 or view.dims > 3:
-        raise ValueError(f"x must have 1 to 3 dimensions, got {view.dims}")
+        raise Refused(f"x must have 1 to 3 dimensions, got {view.dims}")
     check_float(&view, "x", view.dims)
     if view.dtype != panels.dtype:
-        raise TypeError(f"x must have dtype {DTYPES[panels.dtype]}, got {dtype_name(&view)}")
+        raise Refused(f"x must have dtype {DTYPES[panels.dtype]}, got {dtype_name(&view)}")
     p.inputs, p.outputs = panels.inputs, panels.outputs
     if view.shape[view.dims - 1] != p.inputs:
-        raise ValueError(f"x must have {p.inputs} features, got shape {shape_of(&view)}")
+        raise Refused(f"x must have {p.inputs} features, got shape {shape_of(&view)}")
     p.steps = view.shape[0] if view.dims == 3 else 1
     p.batch = view.shape[view.dims - 2] if view.dims > 1 else 1
     # Expanded axes have no memory of their own: the result must still be something that can be indexed.
     if <double>p.steps * p.batch * (p.inputs + p.outputs) > 2.0**55:
-        raise RuntimeError(f"x is too large for one call, got shape {shape_of(&view)}")
+        raise Refused(f"x is too large for one call, got shape {shape_of(&view)}")
     set_rows(&p.x, &view, "x")
     shape = (p.steps, p.batch, p.outputs)
     y = empty(&p.y, view.dtype, shape[3 - view.dims:])

@@ -36,6 +36,7 @@ cdef struct Problem:
     int64_t rows  # of a packed sequence
 
 cdef DLPackExchangeAPI* exchange = NULL
+cdef object Refused = None
 cdef object tensor_type = None
 cdef object parameter_type = None
 cdef object is_negated = None
@@ -43,21 +44,21 @@ cdef object count_threads = None
 cdef object new_tensor = None
 
 
-def attach(tensor, parameter, is_neg, get_num_threads, empty, capsule):
-    """Hands over torch: its two types, Tensor.is_neg, get_num_threads, empty(shape, dtype name), and the capsule
-    Tensor.__dlpack_c_exchange_api__.
+def attach(refused, tensor, parameter, is_neg, get_num_threads, empty, capsule):
+    """Hands over the exception of arguments that are not served, and torch: its two types, Tensor.is_neg,
+    get_num_threads, empty(shape, dtype name), and the capsule Tensor.__dlpack_c_exchange_api__.
 
     Without the last, or where its version is not ours, tensors are read through their Python attributes.
     Returns whether it is used.
     """
-    global tensor_type, parameter_type, is_negated, count_threads, new_tensor, exchange
+    global Refused, tensor_type, parameter_type, is_negated, count_threads, new_tensor, exchange
     cdef DLPackExchangeAPI* table = NULL
     if capsule is not None:
         table = <DLPackExchangeAPI*>PyCapsule_GetPointer(capsule, b"dlpack_exchange_api")
         if table.header.version.major != <uint32_t>DLPACK_MAJOR_VERSION or table.dltensor_from_py_object_no_sync == NULL:
             table = NULL
     tensor_type, parameter_type, is_negated, new_tensor, exchange = tensor, parameter, is_neg, empty, table
-    count_threads = get_num_threads
+    count_threads, Refused = get_num_threads, refused
     return table != NULL
 
 
@@ -68,9 +69,9 @@ cdef int read(tensor, str name, View* view) except -1:
 cdef int read_at(const Place* place, tensor, str name, View* view) except -1:
     read_anywhere(tensor, name, view)
     if view.place.type != place.type:
-        raise ValueError(f"{name} must be on {'the CPU' if place.type == kDLCPU else 'a GPU'}, got {tensor.device}")
+        raise Refused(f"{name} must be on {'the CPU' if place.type == kDLCPU else 'a GPU'}, got {tensor.device}")
     if view.place.index != place.index:
-        raise ValueError(f"{name} must be on the GPU of index {place.index}, got {tensor.device}")
+        raise Refused(f"{name} must be on the GPU of index {place.index}, got {tensor.device}")
     return 0
 
 
@@ -78,16 +79,17 @@ cdef int read_anywhere(tensor, str name, View* view) except -1:
     cdef DLTensor source
     cdef int axis
     if type(tensor) is not tensor_type and type(tensor) is not parameter_type:
-        raise TypeError(f"{name} must be a torch.Tensor or a torch.nn.Parameter, got {type(tensor).__name__}")
+        raise Refused(f"{name} must be a torch.Tensor or a torch.nn.Parameter, got {type(tensor).__name__}")
     # A view that torch negates lazily: its bytes are not its values.
     if is_negated(tensor):
-        raise RuntimeError(f"{name} must not have its negative bit set")
+        raise Refused(f"{name} must not have its negative bit set")
     if exchange == NULL:
         read_attributes(tensor, name, view)
     else:
-        exchange.dltensor_from_py_object_no_sync(<void*>tensor, &source)
+        if exchange.dltensor_from_py_object_no_sync(<void*>tensor, &source):
+            refuse_unreadable(name)
         if source.ndim > 4:
-            raise ValueError(f"{name} must have at most 4 dimensions, got {source.ndim}")
+            raise Refused(f"{name} must have at most 4 dimensions, got {source.ndim}")
         view.data = <char*>source.data + source.byte_offset
         view.place.type, view.place.index = source.device.device_type, source.device.device_id
         view.dtype = dtype_of(source.dtype)
@@ -96,16 +98,32 @@ cdef int read_anywhere(tensor, str name, View* view) except -1:
             view.shape[axis] = source.shape[axis]
             view.stride[axis] = source.strides[axis]
     if view.data == NULL:
-        check_no_elements(view, name)
+        check_no_elements(tensor, view, name)
     return 0
 
 
+# torch cannot describe the tensor: it is sparse, quantized, nested or within a transform. Its exception is set.
+cdef int refuse_unreadable(str name) except -1:
+    try:
+        reraise()
+    except RuntimeError as error:
+        raise Refused(f"{name} has no plain memory: {str(error).splitlines()[0]}") from None
+    return 0
+
+
+cdef int reraise() except -1:
+    return -1
+
+
 # A tensor whose storage was freed, as by resizing it to zero, still tells its shape.
-cdef int check_no_elements(const View* view, str name) except -1:
+cdef int check_no_elements(tensor, const View* view, str name) except -1:
     cdef int axis
     for axis in range(view.dims):
         if view.shape[axis] == 0:
             return 0
+    if tensor._is_zerotensor():
+        raise Refused(f"{name} has no memory: it stands for zeros")
+    # Not for torch to say: on a layer whose weights were freed its kernels were seen to hang.
     raise RuntimeError(f"{name} has no memory behind it: its storage was freed")
 
 
@@ -127,10 +145,16 @@ cdef int read_attributes(tensor, str name, View* view) except -1:
     cdef int axis
     view.place.type = {"cpu": kDLCPU, "cuda": kDLCUDA}.get(tensor.device.type, -1)
     view.place.index = tensor.device.index or 0
-    shape, stride, dtype = tensor.shape, tensor.stride(), str(tensor.dtype)[len("torch."):]
+    if view.place.type < 0:
+        raise Refused(f"{name} must be on the CPU or a GPU, got {tensor.device}")
+    try:
+        shape, stride, memory = tensor.shape, tensor.stride(), tensor.data_ptr()
+    except RuntimeError as error:
+        raise Refused(f"{name} has no plain memory: {str(error).splitlines()[0]}") from None
+    dtype = str(tensor.dtype)[len("torch."):]
     if len(shape) > 4:
-        raise ValueError(f"{name} must have at most 4 dimensions, got {len(shape)}")
-    view.data = <char*><uintptr_t>tensor.data_ptr()
+        raise Refused(f"{name} must have at most 4 dimensions, got {len(shape)}")
+    view.data = <char*><uintptr_t>memory
     view.dtype = DTYPES.index(dtype) if dtype in DTYPES else -1
     view.dims = len(shape)
     for axis in range(view.dims):
@@ -151,14 +175,14 @@ cdef tuple shape_of(const View* view):
 cdef int check(const View* view, str name, int dtype, int64_t d0, int64_t d1, int64_t d2) except -1:
     cdef int dims = 1 if d1 < 0 else 2 if d2 < 0 else 3
     if view.dtype != dtype:
-        raise TypeError(f"{name} must have dtype {DTYPES[dtype]}, got {dtype_name(view)}")
+        raise Refused(f"{name} must have dtype {DTYPES[dtype]}, got {dtype_name(view)}")
     if (
         view.dims != dims
         or view.shape[0] != d0
         or (dims > 1 and view.shape[1] != d1)
         or (dims > 2 and view.shape[2] != d2)
     ):
-        raise ValueError(f"{name} must have shape {(d0, d1, d2)[:dims]}, got {shape_of(view)}")
+        raise Refused(f"{name} must have shape {(d0, d1, d2)[:dims]}, got {shape_of(view)}")
     return 0
 
 
@@ -166,18 +190,18 @@ cdef int check(const View* view, str name, int dtype, int64_t d0, int64_t d1, in
 cdef int check_float(const View* view, str name, int dims, int dtypes=kDtypes) except -1:
     cdef int axis
     if view.dtype < 0 or view.dtype >= dtypes:
-        raise TypeError(f"{name} must have dtype {', '.join(DTYPES[:dtypes])}")
+        raise Refused(f"{name} must have dtype {', '.join(DTYPES[:dtypes])}")
     if view.dims != dims:
-        raise ValueError(f"{name} must have {dims} dimensions, got {view.dims}")
+        raise Refused(f"{name} must have {dims} dimensions, got {view.dims}")
     for axis in range(dims):
         if view.shape[axis] < 1:
-            raise ValueError(f"{name} must not be empty, got shape {shape_of(view)}")
+            raise Refused(f"{name} must not be empty, got shape {shape_of(view)}")
     return 0
 
 
 cdef int check_unit_stride(const View* view, str name) except -1:
     if view.stride[view.dims - 1] != 1 and view.shape[view.dims - 1] != 1:
-        raise ValueError(f"{name} must be contiguous along its last dimension")
+        raise Refused(f"{name} must be contiguous along its last dimension")
     return 0
 
 
@@ -187,7 +211,7 @@ cdef int64_t check_contiguous(const View* view, str name) except -1:
     cdef int axis
     for axis in range(view.dims - 1, -1, -1):
         if view.stride[axis] != count and view.shape[axis] > 1:
-            raise ValueError(f"{name} must be contiguous")
+            raise Refused(f"{name} must be contiguous")
         count *= view.shape[axis]
     return count
 
@@ -207,7 +231,7 @@ cdef int check_distinct(const View* view, str name) except -1:
         axis = order[place]
         if view.shape[axis] > 1:
             if view.stride[axis] < reach:
-                raise ValueError(f"{name} must not overlap itself")
+                raise Refused(f"{name} must not overlap itself")
             reach += view.stride[axis] * (view.shape[axis] - 1)
     return 0
 

@@ -21,16 +21,14 @@ def make(B, N, Nk, L, S, D, E, dtype, bias_shape=None, **options):
     inputs += heads(B, N, L, E, dtype), torch.randn(B, N, L, dtype=torch.float64)
     options = {"scale": D**-0.5} | options
     if bias_shape is not None:
-        options["bias"] = torch.randn(bias_shape, dtype=dtype).expand(B, N, L, S)
+        options["bias"] = torch.randn(bias_shape, dtype=dtype)
     return inputs, options
 
 
-def run(inputs, options, bias_shape=None):
+def run(inputs, options):
     """Outputs and gradients by name."""
     q, k, v, dout, dlse = inputs
     out, lse = native.attention_forward(q, k, v, return_lse=True, **options)
-    gradients = native.attention_backward(
-        q, k, v, out, lse, dout, dlse=dlse, needs=[True] * 4, bias_shape=bias_shape, **options
-    )
+    gradients = native.attention_backward(q, k, v, out, lse, dout, dlse=dlse, needs=[True] * 4, **options)
     results = {"out": out, "lse": lse, **dict(zip(NAMES, gradients, strict=True))}
     return {name: t for name, t in results.items() if t is not None}

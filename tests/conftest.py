@@ -31,6 +31,14 @@ def native():
     return pytest.importorskip("fastseq.backends.native", reason="the extension is not built")
 
 
+@pytest.fixture(params=[True, False], ids=["dlpack", "attributes"])
+def reader(request, native):
+    """Both ways in which the binding reads tensors."""
+    assert native.attach(exchange=request.param) == request.param
+    yield request.param
+    native.attach()
+
+
 @pytest.fixture(scope="session")
 def compiler():
     """The C++ compiler."""

@@ -216,7 +216,7 @@ def test_masked_rows(L, dtype):
     allowed[:, :, 1] = False
     bias = torch.zeros(1, 1, L, 129, dtype=dtype).masked_fill(~allowed, -torch.inf)
     for mask in ({"allowed": allowed}, {"bias": bias}):
-        results = run(inputs, options | mask, bias.shape if "bias" in mask else None)
+        results = run(inputs, options | mask)
         assert (results["out"][:, :, 1] == 0).all()
         assert (results["lse"][:, :, 1] == -torch.inf).all()
         assert (results["dq"][:, :, 1] == 0).all()
@@ -233,7 +233,7 @@ def test_not_finite(L, name, value):
     tensors[name][0, 0, 1, 3] = value
     bias = tensors.pop("bias")
     inputs = *tensors.values(), dout, torch.zeros(1, 1, L, dtype=torch.float64)
-    results = run(inputs, options | {"bias": bias}, bias.shape)
+    results = run(inputs, options | {"bias": bias})
     leaves = [t.requires_grad_() for t in (*tensors.values(), bias)]
     expected = scaled_dot_product_attention(*leaves[:3], attn_mask=leaves[3])
     gradients = torch.autograd.grad(expected, leaves, dout)
@@ -255,8 +255,8 @@ def test_scratch_memory_is_not_read(softcap, options, L, dtype):
         with native.use_isa(isa):
             results = []
             for value in (0.0, torch.nan):
-                run([torch.full_like(t, value) for t in inputs], options, bias_shape)
-                results.append(run(inputs, options, bias_shape))
+                run([torch.full_like(t, value) for t in inputs], options)
+                results.append(run(inputs, options))
             for name, result in results[1].items():
                 assert torch.equal(result, results[0][name]), (isa, name)
 
@@ -280,10 +280,10 @@ def test_any_number_of_threads(sizes, threads):
     for dtype in DTYPES:
         inputs, options = make(*sizes, 64, 64, dtype, bias_shape=bias_shape, right=0, lower_right=True, dropout_p=0.1)
         threads(1)
-        expected = run(inputs, options, bias_shape)
+        expected = run(inputs, options)
         for count in (2, 3, 4):
             threads(count)
-            for name, result in run(inputs, options, bias_shape).items():
+            for name, result in run(inputs, options).items():
                 assert torch.equal(result, expected[name]), (name, count)
 
 
@@ -295,9 +295,9 @@ def test_gradient_of_a_bias_on_any_number_of_threads(sizes, whole, threads):
     bias_shape = bias_of(whole, (B, N, L, S)).shape
     inputs, options = make(*sizes, 32, 32, torch.float32, bias_shape=bias_shape, left=150, lower_right=True)
     threads(1)
-    expected = run(inputs, options, bias_shape)
+    expected = run(inputs, options)
     for count in (2, 3, 4, 16):
         threads(count)
         for _ in range(3):
-            for name, result in run(inputs, options, bias_shape).items():
+            for name, result in run(inputs, options).items():
                 assert torch.equal(result, expected[name]), (name, count)

@@ -163,7 +163,7 @@ def test_any_order_of_threads(monkeypatch):
             results = []
             for order in ("rising", "falling"):
                 monkeypatch.setenv("EMULATION_ORDER", order)
-                results.append(run(inputs, options, bias_shape))
+                results.append(run(inputs, options))
             for name, result in results[1].items():
                 assert torch.equal(result, results[0][name]), name
 

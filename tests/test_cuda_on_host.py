@@ -9,6 +9,7 @@ import torch
 from cases import CELLS, assert_close
 
 from fastseq import backends
+from fastseq.backends.contract import Refused
 from fastseq.ops import CELLS as CELL_SPECS
 from fastseq.ops import Layer, RecurrentFunction, StepFunction
 from fastseq.ops.lengths import packed_rows, padded_rows
@@ -130,17 +131,23 @@ def test_a_wrong_result_is_seen():
 
 def test_what_must_not_reach_a_kernel():
     x, w_ih, w_hh = torch.randn(3, 2, 5), torch.randn(12, 5), torch.randn(12, 4)
-    with pytest.raises(ValueError, match="w_ih and w_hh must have 9 rows, got 12 and 12"):
+    with pytest.raises(Refused, match="w_ih and w_hh must have 9 rows, got 12 and 12"):
         cuda.recurrent_forward("gru", x, None, None, (w_ih, w_hh[:, :3].contiguous(), None, None))
-    with pytest.raises(TypeError, match="w_hh must have dtype float32, got float64"):
+    with pytest.raises(Refused, match="w_hh must have dtype float32, got float64"):
         cuda.recurrent_forward("gru", x, None, None, (w_ih, w_hh.double(), None, None))
+    with pytest.raises(Refused, match="w_ih must have 5 columns in torch.float32 on cpu, got 5 in torch.float64"):
+        cuda.recurrent_forward("gru", x, None, None, (w_ih.double(), w_hh, None, None))
+    with pytest.raises(Refused, match="w_ih must have 5 columns .*, got 4"):
+        cuda.recurrent_forward("gru", x, None, None, (w_ih[:, 1:], w_hh, None, None))
+    with pytest.raises(Refused, match="2 dimensions, got 3 and 2"):
+        cuda.recurrent_step("gru", x, None, None, w_ih, w_hh, None, None, 1)
     sizes = torch.tensor([1, 2, 2])
-    with pytest.raises(ValueError, match="batch_sizes must not increase"):
+    with pytest.raises(Refused, match="batch_sizes must not increase"):
         cuda.recurrent_forward("gru", x, None, None, (w_ih, w_hh, None, None), batch_sizes=sizes)
     forward = ("gru", x, None, None, (w_ih, w_hh, None, None))
     y, *_, saved = cuda.recurrent_forward(*forward, save=True)
     options = {"dy": y, "dh_n": None, "dc_n": None, "dc_all": None, "needs": (True,) * 7}
-    with pytest.raises(ValueError, match="saved must have shape"):
+    with pytest.raises(Refused, match="saved must have shape"):
         cuda.recurrent_backward(*forward, y, torch.cat((saved, saved)), "cuda", **options)
     for unknown in ({"resets": None}, {"read_x": True}):
         with pytest.raises(TypeError, match=f"got .* keyword argument '{next(iter(unknown))}'"):

@@ -18,6 +18,7 @@ from torch.testing._internal.common_modules import module_db
 
 import fastseq
 from fastseq import backends
+from fastseq.backends.contract import Refused
 from fastseq.ops import LayerNormFunction
 from fastseq.reference import layernorm_backward, layernorm_forward
 
@@ -137,26 +138,26 @@ def test_a_large_mean_costs_no_digits(native):
 def test_what_the_binding_refuses(native):
     x, weight = torch.ones(3, 5), torch.ones(5)
     forward = native.layer_norm_forward
-    for arguments, error in (
-        ((x, x[:2], weight, weight), ValueError),
-        ((x, x.double(), weight, weight), TypeError),
-        ((x, None, weight[:4], weight), ValueError),
-        ((x, None, weight.double(), weight), TypeError),
-        ((x, None, torch.ones(10)[::2], weight), ValueError),
-        ((x.t(), None, None, None), ValueError),
-        ((x.half(), None, None, None), TypeError),
-        ((x[:0], None, None, None), ValueError),
-        ((x[None, None], None, None, None), ValueError),
-        ((torch.ones(()), None, None, None), ValueError),
-        ((x.numpy(), None, None, None), TypeError),
+    for arguments in (
+        (x, x[:2], weight, weight),
+        (x, x.double(), weight, weight),
+        (x, None, weight[:4], weight),
+        (x, None, weight.double(), weight),
+        (x, None, torch.ones(10)[::2], weight),
+        (x.t(), None, None, None),
+        (x.half(), None, None, None),
+        (x[:0], None, None, None),
+        (x[None, None], None, None, None),
+        (torch.ones(()), None, None, None),
+        (x.numpy(), None, None, None),
     ):
-        with pytest.raises(error):
+        with pytest.raises(Refused):
             forward(*arguments, 1e-5)
     _, _, mean, rstd = forward(x, None, weight, weight, 1e-5, save=True)
     for arguments in ((x[:2], None, x, weight, mean, rstd), (x, x[:2], x, weight, mean, rstd)):
-        with pytest.raises(ValueError, match="must have shape"):
+        with pytest.raises(Refused, match="must have shape"):
             native.layer_norm_backward(*arguments, needs=(True, True, True))
-    with pytest.raises(ValueError, match="mean must have shape"):
+    with pytest.raises(Refused, match="mean must have shape"):
         native.layer_norm_backward(x, None, x, weight, mean[:, :2], rstd, needs=(True, True, True))
 
 

@@ -15,6 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fastseq
 from fastseq import backends
+from fastseq.backends.contract import Refused
 from fastseq.ops import LinearFunction
 from fastseq.verify import judge, linear
 
@@ -73,26 +74,25 @@ def test_what_the_kernel_refuses(native):
     panels = native.pack_linear(weight, bias, 1)
     assert panels.isa == native.active_isa()
     assert panels.nbytes > 0
-    for error, call in (
-        (ValueError, lambda: native.pack_linear(weight[0], bias, 1)),
-        (ValueError, lambda: native.pack_linear(weight.mT, None, 1)),
-        (ValueError, lambda: native.pack_linear(weight[:0], None, 1)),
-        (ValueError, lambda: native.pack_linear(weight, bias[1:], 1)),
-        (TypeError, lambda: native.pack_linear(weight, bias.float(), 1)),
-        (TypeError, lambda: native.pack_linear(weight.half(), None, 1)),
-        (TypeError, lambda: native.linear_forward(make(2, 3), None, 1)),
-        (TypeError, lambda: native.linear_forward(make(2, 3).float(), panels, 1)),
-        (TypeError, lambda: native.linear_forward([1.0], panels, 1)),
-        (ValueError, lambda: native.linear_forward(make(2, 4), panels, 1)),
-        (ValueError, lambda: native.linear_forward(make(3, 2).mT, panels, 1)),
-        (ValueError, lambda: native.linear_forward(make(0, 3), panels, 1)),
-        (ValueError, lambda: native.linear_forward(make(1, 2, 2, 3), panels, 1)),
-        (RuntimeError, lambda: native.linear_forward(make(1, 1, 3).expand(2**30, 2**30, 3), panels, 1)),
+    for call in (
+        lambda: native.pack_linear(weight[0], bias, 1),
+        lambda: native.pack_linear(weight.mT, None, 1),
+        lambda: native.pack_linear(weight[:0], None, 1),
+        lambda: native.pack_linear(weight, bias[1:], 1),
+        lambda: native.pack_linear(weight, bias.float(), 1),
+        lambda: native.pack_linear(weight.half(), None, 1),
+        lambda: native.linear_forward(make(2, 3).float(), panels, 1),
+        lambda: native.linear_forward([1.0], panels, 1),
+        lambda: native.linear_forward(make(2, 4), panels, 1),
+        lambda: native.linear_forward(make(3, 2).mT, panels, 1),
+        lambda: native.linear_forward(make(0, 3), panels, 1),
+        lambda: native.linear_forward(make(1, 2, 2, 3), panels, 1),
+        lambda: native.linear_forward(make(1, 1, 3).expand(2**30, 2**30, 3), panels, 1),
     ):
-        with pytest.raises(error):
+        with pytest.raises(Refused):
             call()
     if len(native.isas()) > 1:
-        with native.use_isa(native.isas()[0]), pytest.raises(ValueError, match="packed for"):
+        with native.use_isa(native.isas()[0]), pytest.raises(Refused, match="packed for"):
             native.linear_forward(make(2, 3), panels, 1)
 
 

@@ -166,7 +166,7 @@ def test_two_float_masks_are_added(values, masks_of_kernels):
     options = {"attn_mask": torch.randn(5, 7, dtype=torch.float64), "key_padding_mask": padding, "need_weights": False}
     check(ours, torchs, inputs(ours, "batched"), options)
     (mask,) = masks_of_kernels
-    assert mask.shape == (3, 2, 5, 7)
+    assert mask.shape == (3, 1, 5, 7)
 
 
 @pytest.mark.parametrize("need_weights", [True, False])

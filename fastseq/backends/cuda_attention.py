@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastseq.backends.contract import Refused
 from fastseq.backends.cuda_library import compute_dtype, library, stream_of, to_device
 
 __all__ = ["attention_backward", "attention_forward"]
@@ -52,7 +53,6 @@ def attention_backward(
     *,
     needs: Sequence[bool],
     bias: Tensor | None = None,
-    bias_shape: Sequence[int] | None = None,
     q_lengths: Tensor | None = None,
     k_lengths: Tensor | None = None,
     q_starts: Tensor | None = None,
@@ -71,7 +71,7 @@ def attention_backward(
     dv = _empty_heads(v, v.shape[-1], k_gaps) if needs_v else None
     dbias = None
     if needs_bias and bias is not None:
-        dbias = q.new_empty(bias.shape if bias_shape is None else bias_shape, dtype=compute_dtype(q.dtype))
+        dbias = q.new_empty(bias.shape, dtype=compute_dtype(q.dtype))
     delta = q.new_empty(q.shape[:3], dtype=torch.float64)
     library().attention_backward(
         q, k, v, lse, dout, dq=dq, dk=dk, dv=dv, dbias=dbias, delta=delta, bias=bias, q_lengths=q_lengths,
@@ -86,9 +86,9 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     """What is asked of tensors before outputs can be made like them; the binding checks the rest."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            raise Refused(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions, got {tensor.dim()}")
+            raise Refused(f"{name} must have 4 dimensions, got {tensor.dim()}")
 
 
 def _empty_heads(like: Tensor, size: int, zeros: bool) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastseq.backends.contract import Refused
 from fastseq.backends.cuda_library import compute_dtype, library, stream_of, to_device
 
 __all__ = ["recurrent_backward", "recurrent_forward", "recurrent_step"]
@@ -133,7 +134,10 @@ def recurrent_forward(
     keep = _Saved(cell, hidden_size, rows.count, x)
     if w_hh.shape[0] != w_ih.shape[0] or w_ih.shape[0] != keep.layout.gates * hidden_size:
         wanted = keep.layout.gates * hidden_size
-        raise ValueError(f"w_ih and w_hh must have {wanted} rows, got {w_ih.shape[0]} and {w_hh.shape[0]}")
+        raise Refused(f"w_ih and w_hh must have {wanted} rows, got {w_ih.shape[0]} and {w_hh.shape[0]}")
+    if x.shape[-1] != w_ih.shape[1] or x.dtype is not w_ih.dtype or x.device != w_ih.device:
+        wanted = f"{x.shape[-1]} columns in {x.dtype} on {x.device}"
+        raise Refused(f"w_ih must have {wanted}, got {w_ih.shape[1]} in {w_ih.dtype} on {w_ih.device}")
     _multiply(rows.read(x), keep.to_slots(w_ih).t(), keep.of_input())
     padded = batch_sizes is not None and not packed
     new_sequence = x.new_zeros if padded else x.new_empty
@@ -165,7 +169,7 @@ def recurrent_step(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """As `native.recurrent_step`, in one launch: (y, h_n, c_n, saved). `threads` and `panels` are the CPU's."""
     if x.dim() != 2 or w_hh.dim() != 2:
-        raise ValueError(f"x and w_hh must have 2 dimensions, got {x.dim()} and {w_hh.dim()}")
+        raise Refused(f"x and w_hh must have 2 dimensions, got {x.dim()} and {w_hh.dim()}")
     batch, hidden_size, state = x.shape[0], w_hh.shape[1], torch.float32 if float_state else x.dtype
     keep = _Saved(cell, hidden_size, batch, x)
     y = x.new_empty(1, batch, hidden_size)

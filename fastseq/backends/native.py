@@ -5,7 +5,7 @@ Of the recurrent functions: T steps, B rows, input size I, hidden size H, G gate
 (G*H, H), b_ih (G*H,), b_hh (G*H,)) in torch's layout and gate order, the biases both None or both given. Cells are
 "rnn_tanh", "rnn_relu", "lstm", "gru". Of all: dtypes are float32, float64 and bfloat16, one per call. Tensors must be
 plain (Tensor or Parameter, on the CPU), with a unit stride along the last dimension: what anything else means is for
-the caller to say. TypeError, ValueError or RuntimeError for anything else.
+the caller to say. `Refused` for anything else.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 import fastseq._native as _native  # `from fastseq import` would not tell a missing module from a broken one
 from fastseq._native import Panels
+from fastseq.backends.contract import Refused
 
 __all__ = [
     "Panels",
@@ -58,13 +59,13 @@ def _empty(shape: tuple[int, ...], dtype: str) -> Tensor:
 
 
 def attach(*, empty: Callable[[tuple[int, ...], str], Tensor] = _empty, exchange: bool = True) -> bool:
-    """Hands torch's types and functions to the extension; done at import.
+    """Hands `Refused` and torch's types and functions to the extension; done at import.
 
     Tests do it again: with `exchange=False` to read tensors as on a torch without the DLPack exchange table, or with
     an `empty(shape, dtype name)` that poisons what it returns. Returns whether the table is in use.
     """
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None) if exchange else None
-    return _native.attach(Tensor, torch.nn.Parameter, Tensor.is_neg, torch.get_num_threads, empty, capsule)
+    return _native.attach(Refused, Tensor, torch.nn.Parameter, Tensor.is_neg, torch.get_num_threads, empty, capsule)
 
 
 attach()

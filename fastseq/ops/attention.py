@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastseq.backends.contract import Refused
 from fastseq.ops import support
 from fastseq.ops.attention_call import (
     Attention,
@@ -189,20 +190,22 @@ def _plain(
     """
     if support.observed() or not (isinstance(is_causal, bool) and isinstance(enable_gqa, bool)):
         return None
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        return None
+    backend = support.backend_of(query)
+    if backend is None or query.is_nested or key.is_nested:
+        return None
+    shape, key_shape = query.shape, key.shape
+    if len(shape) != 4 or len(key_shape) != 4 or (shape[1] != key_shape[1] and not enable_gqa):
+        return None
+    if scale is None:
+        scale = 1 / math.sqrt(shape[3] or 1)
+    elif type(scale) is not float:
+        return None
+    right = 0 if is_causal else None
+    differentiable = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    out = None if differentiable else torch.empty_like(query)
     try:
-        backend = support.backend_of(query)
-        if backend is None:
-            return None
-        _, heads, _, depth = query.shape
-        if key.shape[1] != heads and not enable_gqa:
-            return None
-        if scale is None:
-            scale = 1 / math.sqrt(depth or 1)
-        elif type(scale) is not float:
-            return None
-        right = 0 if is_causal else None
-        differentiable = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        out = None if differentiable else torch.empty_like(query)
         if attn_mask is None:
             if differentiable:
                 return apply_plain(backend, scale, right, query, key, value)
@@ -212,9 +215,8 @@ def _plain(
         if attn_mask.requires_grad and torch.is_grad_enabled():
             return None
         kind = "allowed" if attn_mask.dtype is torch.bool else "bias"
-        mask = attn_mask.expand(*query.shape[:3], key.shape[2])
-        return backend.attention_forward(query, key, value, scale=scale, out=out, **{kind: mask})[0]
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return backend.attention_forward(query, key, value, scale=scale, out=out, **{kind: attn_mask})[0]
+    except Refused:
         return None
 
 

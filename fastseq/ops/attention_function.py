@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastseq.backends.contract import Refused
 from fastseq.ops import attention_composite, support
 from fastseq.ops.attention_call import Attention
 from fastseq.ops.autograd import c_apply, composite_backward, needs_grad
@@ -38,12 +39,15 @@ def attend(
     seed = None
     if call.dropout_p:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
-    if backend is None or call.dropout_p == 1:
-        return attention_composite.attention(call, q, k, v, bias, allowed, seed)
-    seed = 0 if seed is None else seed.item()
-    if needs_grad(q, k, v, bias):
-        return _apply(call, backend, seed, keep_layout, q, k, v, bias, allowed, call.alibi_slopes)
-    return _forward(call, backend, seed, keep_layout, q, k, v, bias, allowed, call.alibi_slopes, want_lse)
+    if backend is not None and call.dropout_p != 1:
+        number = 0 if seed is None else seed.item()
+        try:
+            if needs_grad(q, k, v, bias):
+                return _apply(call, backend, number, keep_layout, q, k, v, bias, allowed, call.alibi_slopes)
+            return _forward(call, backend, number, keep_layout, q, k, v, bias, allowed, call.alibi_slopes, want_lse)
+        except Refused:
+            pass
+    return attention_composite.attention(call, q, k, v, bias, allowed, seed)
 
 
 def _forward(
@@ -60,20 +64,20 @@ def _forward(
     want_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     out = _output(q, v.shape[3], keep_layout)
-    options = _options(call, seed, q, k, bias, allowed, slopes)
+    options = _options(call, seed, bias, allowed, slopes)
     return backend.attention_forward(
         unit_stride(q), unit_stride(k), unit_stride(v), return_lse=want_lse, out=out, **options
     )
 
 
 def _options(
-    call: Attention, seed: int, q: Tensor, k: Tensor, bias: Tensor | None, allowed: Tensor | None, slopes: Tensor | None
+    call: Attention, seed: int, bias: Tensor | None, allowed: Tensor | None, slopes: Tensor | None
 ) -> dict[str, Any]:
     options = call.options()
-    if bias is not None or allowed is not None:
-        scores = (*q.shape[:3], k.shape[2])
-        options["bias"] = None if bias is None else bias.expand(scores)
-        options["allowed"] = None if allowed is None else allowed.expand(scores)
+    if bias is not None:
+        options["bias"] = bias
+    if allowed is not None:
+        options["allowed"] = allowed
     if slopes is not None:
         options["alibi_slopes"] = slopes
     if call.dropout_p:
@@ -166,8 +170,7 @@ class AttentionFunction(torch.autograd.Function):
                 torch.zeros_like(out) if dout is None else unit_stride(dout),
                 dlse=dlse,
                 needs=needs,
-                bias_shape=None if bias is None else tuple(bias.shape),
-                **_options(call, seed, q, k, bias, allowed, slopes),
+                **_options(call, seed, bias, allowed, slopes),
             )
         return None, None, None, None, *grads, None, None
 

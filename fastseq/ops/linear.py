@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastseq.backends.contract import Refused
 from fastseq.ops import support
 from fastseq.ops.autograd import c_apply, composite_backward, needs_grad
 from fastseq.ops.kernel_calls import contiguous, unit_stride
@@ -50,19 +51,22 @@ def linear(backend: ModuleType | None, x: Tensor, weight: Tensor, bias: Tensor |
         x: (..., K) with 1 to 3 axes, weight (N, K), bias (N,).
         panels: `backend.pack_linear(weight, bias)` where `packs`, else None.
     """
-    if panels is not None:
-        return backend.linear_forward(unit_stride(x), panels, torch.get_num_threads())
     if backend is None:
         return F.linear(x, weight, bias)
-    if needs_grad(x, weight, bias):
-        if x.dtype is torch.bfloat16:
-            trains = not _onednn_bfloat16
-        else:
-            trains = x.numel() * weight.shape[0] >= FEWEST_PRODUCTS_OF_TRAINING
-        if trains:
-            return _apply(backend, x, weight, bias)
-    elif x.dtype is torch.bfloat16 and not _onednn_bfloat16:  # weights that are not contiguous
-        return _multiply(backend, x, weight, bias)
+    try:
+        if panels is not None:
+            return backend.linear_forward(unit_stride(x), panels, torch.get_num_threads())
+        if needs_grad(x, weight, bias):
+            if x.dtype is torch.bfloat16:
+                trains = not _onednn_bfloat16
+            else:
+                trains = x.numel() * weight.shape[0] >= FEWEST_PRODUCTS_OF_TRAINING
+            if trains:
+                return _apply(backend, x, weight, bias)
+        elif x.dtype is torch.bfloat16 and not _onednn_bfloat16:  # weights that are not contiguous
+            return _multiply(backend, x, weight, bias)
+    except Refused:
+        pass
     return F.linear(x, weight, bias)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastseq.backends.contract import Refused
 from fastseq.ops import support
 from fastseq.ops.autograd import c_apply, composite_backward, needs_grad
 from fastseq.ops.checks import check_tensor
@@ -100,16 +101,32 @@ def _normalize(
     differentiable = needs_grad(*(t for t in (input, weight, bias, residual) if isinstance(t, Tensor)))
     fewest = FEWEST_ELEMENTS if residual is None or differentiable else FEWEST_ELEMENTS_OF_SUMS
     backend = _backend(input, normalized_shape, weight, bias, eps, residual, fewest)
-    if backend is None:
-        z = input if residual is None else input + residual
-        return F.layer_norm(z, normalized_shape, weight, bias, eps), z
-    shape, axes = input.shape, len(normalized_shape)
+    if backend is not None:
+        try:
+            return _by_kernels(backend, input, len(normalized_shape), weight, bias, eps, residual, want_sum)
+        except Refused:
+            pass
+    z = input if residual is None else input + residual
+    return F.layer_norm(z, normalized_shape, weight, bias, eps), z
+
+
+def _by_kernels(
+    backend: ModuleType,
+    input: Tensor,
+    axes: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    want_sum: bool,
+) -> tuple[Tensor, Tensor | None]:
+    shape = input.shape
     if axes > 1 or len(shape) > 3:  # views for autograd to see
         features = shape[-axes:].numel()
         input = input.reshape(-1, features)
         residual = None if residual is None else residual.reshape(-1, features)
         weight, bias = (None if t is None else t.reshape(-1) for t in (weight, bias))
-    if differentiable:
+    if needs_grad(input, weight, bias, residual):
         y, z = _apply(backend, eps, input, residual, weight, bias)
     else:
         y, z, _, _ = _forward(backend, eps, input, residual, weight, bias, want_sum, False)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastseq.backends.contract import Refused
 from fastseq.ops import checks, composite, graph, kernel_calls, support
 from fastseq.ops.autograd import c_apply, composite_backward, needs_grad
 from fastseq.ops.cell import Cell, Direction, Layer, Results, Weights
@@ -40,9 +41,12 @@ def run_layer(
     """
     if route is Route.KERNELS and _kernels_read(call):
         flat = [w for direction in weights for w in direction]
-        if needs_grad(x, h_0, c_0, *flat):
-            return Results(*_apply_layer(call, backend, x, h_0, c_0, *flat))
-        return kernel_calls.forward(call, backend, x, h_0, c_0, flat, save=False)[0]
+        try:
+            if needs_grad(x, h_0, c_0, *flat):
+                return Results(*_apply_layer(call, backend, x, h_0, c_0, *flat))
+            return kernel_calls.forward(call, backend, x, h_0, c_0, flat, save=False)[0]
+        except Refused:
+            pass
     if route is Route.GRAPH:
         return graph.layer(call, x, h_0, c_0, weights)
     return composite.layer(call, x, h_0, c_0, weights)
@@ -116,7 +120,7 @@ def run_step(
         threads = torch.get_num_threads()
         h_1, _, c_1, _ = backend.recurrent_step(cell.name, x, h, c, w_ih, w_hh, b_ih, b_hh, threads, False, panels)
         return h_1, c_1
-    except (RuntimeError, TypeError, ValueError):
+    except Refused:
         return None
 
 

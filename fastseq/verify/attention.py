@@ -300,11 +300,10 @@ def kernel_results(native, case: Case, inputs: Inputs, isa: str) -> Iterator[tup
     k, v = (_laid_out(a, inputs.lengths_k, case) for a in (inputs.k, inputs.v))
     dlse = None if inputs.dlse is None else _laid_out(inputs.dlse[..., None], inputs.lengths_q, case)[..., 0]
     left, right = case.left_right
-    sizes = case.batch, case.heads, case.queries, case.keys
     options = {
         "scale": inputs.scale,
-        "bias": None if inputs.bias is None else inputs.bias.expand(sizes),
-        "allowed": None if inputs.allowed is None else inputs.allowed.expand(sizes),
+        "bias": inputs.bias,
+        "allowed": inputs.allowed,
         "softcap": case.softcap,
         "left": left,
         "right": right,
@@ -338,7 +337,6 @@ def kernel_results(native, case: Case, inputs: Inputs, isa: str) -> Iterator[tup
             dout,
             dlse=None if dlse is None else dlse.double(),
             needs=(True, True, True, inputs.bias is not None),
-            bias_shape=None if inputs.bias is None else tuple(inputs.bias.shape),
             **options,
         )
         results["dq"] = back(dq, inputs.lengths_q)
