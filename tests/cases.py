@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastseq.reference import EPS, error_rule
+from fastseq.reference import COMPUTATIONS, EPS, error_rule
+from fastseq.verify import Comparison, Family, compare
+from fastseq.verify.equivalent import permutations
 
 __all__ = [
     "CELLS",
+    "COMPUTATIONS",
     "CUDA_DTYPES",
     "DTYPES",
     "EPS",
@@ -31,9 +34,11 @@ __all__ = [
     "Variant",
     "assert_close",
     "central_differences",
+    "check",
     "each_cuda_dtype",
     "each_dtype",
     "error_rule",
+    "permutations",
     "random_inputs",
     "random_lengths",
     "random_reset",
@@ -132,6 +137,21 @@ def assert_close(result: dict[str, np.ndarray], expected: dict[str, np.ndarray],
     rtol, atol = TOLERANCES[tolerance]
     for name in expected:
         np.testing.assert_allclose(result[name], expected[name], rtol=rtol, atol=atol, err_msg=str(name))
+
+
+def check(
+    family: Family, backend, case, dtype: torch.dtype, isas=None, seed: int = 0, *, trust_torch=False, **options
+) -> list[Comparison]:
+    """Every kernel of `isas`, else of the backend, passes the error rule on a case. Where the first of its five
+    computations takes half of what is allowed at most, the other four are left out, unless all is wanted. trust_torch:
+    however much torch errs. options: those of `compare`, and inputs to replace.
+    """
+    found = list(
+        compare(family, backend, case, dtype, isas or backend.isas(), seed, **{"first_may_settle": not LONG} | options)
+    )
+    for one in found:
+        assert one.ok or (trust_torch and one.verdict.ok), f"{one.kernel}, {one.isa}, {case}: {one.verdict}"
+    return found
 
 
 def central_differences(f: Callable[[], float], array: np.ndarray, step: float = 1e-5) -> np.ndarray:

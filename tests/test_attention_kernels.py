@@ -6,6 +6,7 @@ import itertools
 import subprocess
 from dataclasses import replace
 
+import cases
 import numpy as np
 import pytest
 import torch
@@ -13,9 +14,8 @@ from attention_calls import NAMES, heads, make, run
 from cases import DTYPES, each_dtype
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastseq.verify import attention, judge
-from fastseq.verify.attention import Case, kernel_results, make_inputs, reference_results, torch_results
-from fastseq.verify.tensors import exact_dtype
+from fastseq.verify import attention
+from fastseq.verify.attention import Case, kernel_results
 
 native = pytest.importorskip("fastseq.backends.native", reason="the extension is not built")
 
@@ -34,13 +34,9 @@ def threads():
 
 def check(case: Case, dtype: torch.dtype, **replaced: torch.Tensor) -> None:
     """Every instruction set on a case, with some of its inputs replaced."""
-    inputs = replace(make_inputs(case, dtype), **replaced)
-    reference, yardstick = reference_results(case, inputs, exact_dtype(dtype)), torch_results(case, inputs)
-    for isa in native.isas():
-        (_, inference), (_, training) = kernel_results(native, case, inputs, isa)
-        assert np.array_equal(inference["out"], training["out"]), f"{isa}, {case}"
-        verdict = judge(training, yardstick, reference, str(dtype).removeprefix("torch."))
-        assert verdict.ok, f"{isa}, {case}: {verdict}"
+    found = cases.check(attention.FAMILY, native, case, dtype, **replaced)
+    for inference, training in zip(found[::2], found[1::2], strict=True):
+        assert np.array_equal(inference.results["out"], training.results["out"]), f"{training.isa}, {case}"
 
 
 # ---- sizes
@@ -113,7 +109,7 @@ def test_boolean_mask(dtype):
 
 AXES = [axes for n in range(5) for axes in itertools.combinations(range(4), n)]
 each_bias = pytest.mark.parametrize(
-    "whole", AXES, ids=lambda axes: "".join(attention.AXES[a] for a in axes) or "scalar"
+    "whole", AXES, ids=lambda axes: "".join(attention.MASK_AXES[a] for a in axes) or "scalar"
 )
 
 
@@ -182,13 +178,13 @@ def test_a_wrong_result_is_seen(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(native, "attention_backward", damaged)
-        with pytest.raises(AssertionError, match="Verdict"):
+        with pytest.raises(AssertionError, match="training, .*: Verdict"):
             check(case, torch.float32)
-    inputs = make_inputs(case, torch.float32)
-    wider = replace(case, window=(63, None))
-    reference, yardstick = reference_results(case, inputs, exact_dtype(torch.float32)), torch_results(case, inputs)
-    for _, results in kernel_results(native, wider, inputs, native.active_isa()):
-        assert not judge(results, yardstick, reference, "float32").ok
+    narrower = attention.FAMILY._replace(
+        kernel_results=lambda native, case, *rest: kernel_results(native, replace(case, window=(63, None)), *rest)
+    )
+    with pytest.raises(AssertionError, match="inference, .*: Verdict"):
+        cases.check(narrower, native, case, torch.float32)
 
 
 # ---- values that are not ordinary

@@ -13,7 +13,8 @@ from fastseq import demo, info
 from fastseq.char_lm import TextError, read_text
 from fastseq.cli import main
 from fastseq.ops import SERVICE
-from fastseq.verify import attention, command, judge, layer_norm, recurrent
+from fastseq.reference import COMPUTATIONS
+from fastseq.verify import attention, command, layer_norm, recurrent
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -129,7 +130,7 @@ def test_verify_runs_every_isa(native, few, monkeypatch, capsys):
     use_isa = native.use_isa
     monkeypatch.setattr(native, "use_isa", lambda isa: (entered.append(isa), use_isa(isa))[1])
     assert main(["verify", "--op", "gru", "--op", "attention", "--dtype", "float32"]) == 0
-    assert entered == [*native.isas(), *native.isas()]
+    assert entered == [isa for _ in range(2) for isa in native.isas() for _ in range(COMPUTATIONS)]
     assert capsys.readouterr().out.count(" ok") == 2 * len(native.isas())
 
 
@@ -169,8 +170,8 @@ def test_verify_fails(native, few, monkeypatch, function, damage, capsys):
     assert main(["verify", "--op", "gru", "--dtype", "float32", "--isa", "baseline"]) == 1
     printed = capsys.readouterr().out
     assert "FAILED gru baseline float32: " in printed
-    assert "T=1 B=3 I=5 H=7: error " in printed
-    assert ("T=4 B=3 I=5 H=7, reverse: error " in printed) == (function != "recurrent_step")
+    assert "T=1 B=3 I=5 H=7: Verdict" in printed
+    assert ("T=4 B=3 I=5 H=7, reverse: Verdict" in printed) == (function != "recurrent_step")
 
 
 def _damage(native, monkeypatch, function, damage):
@@ -212,7 +213,7 @@ def test_verify_attention_fails(native, few, monkeypatch, function, damage, caps
     _damage(native, monkeypatch, function, damage)
     few("attention", attention.Case(2, 3, 1, 5, 7, 9, 9, float_mask="NLS", lse=True))
     assert main(["verify", "--op", "attention", "--dtype", "float32", "--isa", "baseline"]) == 1
-    failure = "training, B=2 N=3/1 L=5 S=7 D=9 E=9, float_mask=NLS, lse: error "
+    failure = "training, B=2 N=3/1 L=5 S=7 D=9 E=9, float_mask=NLS, lse: Verdict"
     assert f"FAILED attention baseline float32: {failure}" in capsys.readouterr().out
 
 
@@ -229,24 +230,17 @@ def test_verify_layer_norm_fails(native, few, monkeypatch, function, damage, cap
     _damage(native, monkeypatch, function, damage)
     few("layer_norm", layer_norm.Case(2, 3, 65, residual=True))
     assert main(["verify", "--op", "layer_norm", "--dtype", "float32", "--isa", "baseline"]) == 1
-    failure = "training, T=2 B=3 N=65, residual: error "
+    failure = "training, T=2 B=3 N=65, residual: Verdict"
     assert f"FAILED layer_norm baseline float32: {failure}" in capsys.readouterr().out
 
 
 def test_verify_counts_the_failures_it_does_not_show(native, few, monkeypatch, capsys):
-    monkeypatch.setattr(command, "judge", lambda *arguments: command.Verdict(False, 2.0, 1.0, 1.0))
+    _damage(native, monkeypatch, "recurrent_forward", _add_to_output)
     few("gru", recurrent.Case(2, 3, 5, 7), recurrent.Case(2, 3, 5, 7, reverse=True))
     assert main(["verify", "--op", "gru", "--dtype", "float32", "--isa", "baseline"]) == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
     assert len(lines) == command.SHOWN_FAILURES + 1
     assert lines[-1] == f"FAILED gru baseline float32: {6 - command.SHOWN_FAILURES} more"
-
-
-def test_verify_trusts_no_absurd_yardstick():
-    reference = {"y": torch.ones(3).double().numpy()}
-    absurd = {"y": torch.full((3,), 2.0).numpy()}
-    assert not judge(reference, absurd, reference, "float32").ok
-    assert judge(reference, reference, reference, "float32").ok
 
 
 def test_verify_without_the_isa(native, monkeypatch, capsys):

@@ -3,8 +3,7 @@ and what only a GPU has: streams, devices, graphs, TF32. Where there is none, te
 be shown.
 """
 
-from dataclasses import replace
-
+import cases
 import numpy as np
 import pytest
 import torch
@@ -17,10 +16,8 @@ from torch.autograd import gradcheck
 
 import fastseq
 from fastseq import backends
-from fastseq.reference.verdict import error_rule
 from fastseq.verify import attention
-from fastseq.verify.attention import Case, kernel_results, make_inputs, reference_results, torch_results
-from fastseq.verify.tensors import exact_dtype
+from fastseq.verify.attention import Case
 
 sdpa = fastseq.scaled_dot_product_attention
 pytestmark = ignore_first_use
@@ -43,15 +40,10 @@ def exact_products():
 
 
 def check(case, dtype, seed=0, **replaced):
-    inputs = replace(make_inputs(case, dtype, seed), **replaced)
-    reference = reference_results(case, inputs, exact_dtype(dtype))
-    inputs = inputs.to(DEVICE)
-    yardstick = torch_results(case, inputs)
-    (_, inference), (_, training) = kernel_results(cuda, case, inputs, "cuda")
-    assert np.array_equal(inference["out"], training["out"]), str(case)
-    yardstick = {name: yardstick[name] for name in training}
-    verdict = error_rule(training, yardstick, reference, str(dtype).removeprefix("torch."))
-    assert verdict.ok, f"{case}: {verdict}"
+    inference, training = cases.check(
+        attention.FAMILY, cuda, case, dtype, seed=seed, device=DEVICE, trust_torch=True, **replaced
+    )
+    assert np.array_equal(inference.results["out"], training.results["out"]), str(case)
 
 
 @each_cuda_dtype
@@ -87,7 +79,7 @@ def test_long(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("whole", AXES, ids=lambda axes: "".join(attention.AXES[a] for a in axes) or "scalar")
+@pytest.mark.parametrize("whole", AXES, ids=lambda axes: "".join(attention.MASK_AXES[a] for a in axes) or "scalar")
 def test_bias_and_its_gradient(whole, dtype):
     B, N, L, S = sizes = (3, 4, 130, 150)
     bias = torch.randn([size if axis in whole else 1 for axis, size in enumerate(sizes)]).to(dtype)

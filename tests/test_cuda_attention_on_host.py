@@ -87,7 +87,9 @@ def test_widths(D, E):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("whole", kernels.AXES, ids=lambda axes: "".join(attention.AXES[a] for a in axes) or "scalar")
+@pytest.mark.parametrize(
+    "whole", kernels.AXES, ids=lambda axes: "".join(attention.MASK_AXES[a] for a in axes) or "scalar"
+)
 def test_bias_and_its_gradient(whole, dtype):
     sizes = (2, 2, 33, 35) if dtype == torch.float64 else (3, 4, 3, 66) if len(whole) % 2 else (2, 4, 66, 7)
     bias = torch.randn([size if axis in whole else 1 for axis, size in enumerate(sizes)]).to(dtype)

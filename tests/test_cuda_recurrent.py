@@ -2,10 +2,10 @@
 has: streams, devices, graphs, TF32. Where there is none, tests/test_cuda_on_host.py is what can be shown.
 """
 
-import numpy as np
+import cases
 import pytest
 import torch
-from cases import CELLS, LONG_SHAPES, SHAPES, error_rule
+from cases import CELLS, LONG_SHAPES, SHAPES
 from cuda_device import DEVICE, cuda, ignore_first_use, tf32
 from test_gradients import GATES, LENGTHS, RESET, flatten
 from test_module_info import each, samples_agree
@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
 from fastseq import backends
-from fastseq.verify.recurrent import Case, cases, kernel_results, make_inputs, reference_results, torch_results
+from fastseq.verify import FAMILIES
+from fastseq.verify.recurrent import Case
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 OPTIONS = ({}, {"bias": False}, {"lengths": True}, {"packed": True}, {"reset": True}, {"lengths": True, "reset": True})
@@ -35,20 +36,13 @@ def exact_products():
 
 
 def check(cell, case, dtype, seed=0):
-    inputs = make_inputs(cell, case, getattr(torch, dtype), seed)
-    exact = np.longdouble if dtype == "float64" else np.float64
-    reference = reference_results(cell, case, inputs, exact)
-    inputs = inputs.to(DEVICE)
-    yardstick = torch_results(cell, case, inputs)
-    for kernel, results in kernel_results(cuda, cell, case, inputs, "cuda"):
-        verdict = error_rule(results, {name: yardstick[name] for name in results}, reference, dtype)
-        assert verdict.ok, f"{kernel}, {case}: {verdict}"
+    cases.check(FAMILIES[cell], cuda, case, getattr(torch, dtype), seed=seed, device=DEVICE, trust_torch=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_case(cell, dtype, exact_products):
-    for seed, case in enumerate(cases(dtype)):
+    for seed, case in enumerate(FAMILIES[cell].cases(dtype)):
         check(cell, case, dtype, seed)
 
 
@@ -65,7 +59,7 @@ def test_odd_sizes(cell, dtype, options, exact_products):
 @pytest.mark.parametrize("cell", CELLS)
 def test_tf32(cell):
     with tf32(True):
-        for seed, case in enumerate(cases("float32")):
+        for seed, case in enumerate(FAMILIES[cell].cases("float32")):
             check(cell, case, "float32", seed)
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import each_dtype, error_rule
+from cases import each_dtype, error_rule, permutations
 from models import assert_close
 from test_module_info import build, leaves, samples
 from torch import nn
@@ -21,6 +21,7 @@ from fastseq import backends
 from fastseq.backends.contract import Refused
 from fastseq.ops import LayerNormFunction
 from fastseq.reference import layernorm_backward, layernorm_forward
+from fastseq.verify import layer_norm
 
 FEATURES = (1, 7, 63, 65, 129, 1000)
 LAYOUTS = (lambda t: t.transpose(0, 1), lambda t: t[..., ::2], lambda t: t[:1].expand_as(t))
@@ -59,25 +60,36 @@ def run(native, x, residual, weight, bias, dy, dz):
 @each_dtype
 @pytest.mark.parametrize("features", FEATURES)
 def test_kernels_as_exact_as_torch(native, features, dtype):
-    x, residual, weight, bias = operands(3, 23, features, dtype=dtype, requires_grad=False)
-    dy, dz = make(3, 23, features, dtype=dtype, seed=8), make(3, 23, features, dtype=dtype, seed=9)
-    ours = run(native, x, residual, weight, bias, dy, dz)
-    assert torch.equal(ours["z"], x + residual)
-    # What is rounded in z is the same for all.
-    z = ours["z"].clone().requires_grad_()
-    weight, bias = weight.requires_grad_(), bias.requires_grad_()
-    y = F.layer_norm(z, (features,), weight, bias)
-    torch.autograd.backward((y, z.view_as(z)), (dy, dz))
-    theirs = {"y": y, "dx": z.grad, "dweight": weight.grad, "dbias": bias.grad}
-    exact = (t.detach().double().numpy() for t in (ours["z"], weight, bias, dy, dz))
-    z, weight, bias, dy, dz = exact
-    y, cache = layernorm_forward(z, weight, bias)
+    """Tensor by tensor. The sum with the residual is rounded, in the same way for all."""
+    shape = 3, 23, features
+    x, residual, weight, bias = operands(*shape, dtype=dtype, requires_grad=False)
+    inputs = {"x": x, "residual": residual, "weight": weight, "bias": bias}
+    inputs |= {"dy": make(*shape, dtype=dtype, seed=8), "dz": make(*shape, dtype=dtype, seed=9)}
+
+    def by_torch(x, residual, weight, bias, dy, dz):
+        z, weight, bias = (
+            (x + residual).requires_grad_(),
+            weight.clone().requires_grad_(),
+            bias.clone().requires_grad_(),
+        )
+        y = F.layer_norm(z, (features,), weight, bias)
+        torch.autograd.backward((y, z.view_as(z)), (dy, dz))
+        return {"y": y, "z": z, "dx": z.grad, "dweight": weight.grad, "dbias": bias.grad}
+
+    ours, theirs = [], []
+    for form in permutations(dict(zip("TBN", shape, strict=True))):
+        given = form.apply(inputs, layer_norm.AXES)
+        for found, results in ((ours, run(native, **given)), (theirs, by_torch(**given))):
+            results = {name: t.detach().double().numpy() for name, t in results.items()}
+            found.append(form.undo(results, layer_norm.AXES))
+    z, gamma, beta, dy, dz = (t.double().numpy() for t in (x + residual, weight, bias, inputs["dy"], inputs["dz"]))
+    y, cache = layernorm_forward(z, gamma, beta)
     dx, dweight, dbias = layernorm_backward(dy, cache)
-    reference = {"y": y, "dx": dx + dz, "dweight": dweight, "dbias": dbias}
-    for name in theirs:
-        values = ({name: t[name].detach().double().numpy()} for t in (ours, theirs))
-        verdict = error_rule(*values, reference, dtype)
+    reference = {"y": y, "z": z, "dx": dx + dz, "dweight": dweight, "dbias": dbias}
+    for name in reference:
+        verdict = error_rule(*([{name: r[name]} for r in found] for found in (ours, theirs)), reference, dtype)
         assert verdict.ok, (name, verdict)
+        assert name != "z" or verdict.error == 0
 
 
 @each_dtype

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import each_dtype, error_rule
+from cases import check, each_dtype, error_rule, permutations
 from models import assert_close
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -17,7 +16,7 @@ import fastseq
 from fastseq import backends
 from fastseq.backends.contract import Refused
 from fastseq.ops import LinearFunction
-from fastseq.verify import judge, linear
+from fastseq.verify import linear
 
 module = sys.modules[LinearFunction.__module__]
 
@@ -49,11 +48,10 @@ def make(*shape, dtype=torch.float64, requires_grad=False, seed=0):
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("case", list(linear.cases("float32")), ids=str)
 def test_kernels_as_exact_as_torch(native, case, threads, dtype):
-    before, name = torch.get_num_threads(), str(dtype).removeprefix("torch.")
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for _, kernel, *results in linear.compare(native, case, dtype, native.isas()):
-            assert judge(*results, name).ok, kernel
+        check(linear.FAMILY, native, case, dtype)
     finally:
         torch.set_num_threads(before)
 
@@ -112,23 +110,26 @@ def test_gradients(native, shape, bias):
 
 @pytest.mark.usefixtures("kernels_at_any_size")
 def test_bfloat16_gradients_as_exact_as_torchs(native, calls):
-    tensors = [make(*s, dtype=torch.bfloat16, seed=n) for n, s in enumerate(((3, 21, 65), (33, 65), (33,)))]
-    dy = make(3, 21, 33, dtype=torch.bfloat16, seed=9)
-    found = []
-    for function, dtype in (
-        (lambda *t: module.linear(native, *t), torch.bfloat16),
-        (F.linear, torch.bfloat16),
-        (F.linear, torch.float64),
-    ):
-        leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    shapes = {"x": (3, 21, 65), "weight": (33, 65), "bias": (33,), "dy": (3, 21, 33)}
+    axes = {"x": "TBK", "weight": "NK", "bias": "N", "y": "TBN"}
+    axes |= {f"d{name}": letters for name, letters in axes.items()}
+    inputs = {name: make(*s, dtype=torch.bfloat16, seed=n) for n, (name, s) in enumerate(shapes.items())}
+
+    def results_of(function, dtype, x, weight, bias, dy):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
         y = function(*leaves)
         y.backward(dy.to(dtype))
         arrays = [t.detach().double().numpy() for t in (y, *(leaf.grad for leaf in leaves))]
-        found.append(dict(zip(("y", "dx", "dweight", "dbias"), arrays, strict=True)))
-    assert calls.count("linear_forward") == 3
-    verdict = error_rule(*found, "bfloat16")
+        return dict(zip(("y", "dx", "dweight", "dbias"), arrays, strict=True))
+
+    ours, theirs = [], []
+    for form in permutations({"T": 3, "B": 21, "K": 65, "N": 33}):
+        given = form.apply(inputs, axes)
+        for found, function in ((ours, lambda *t: module.linear(native, *t)), (theirs, F.linear)):
+            found.append(form.undo(results_of(function, torch.bfloat16, **given), axes))
+    verdict = error_rule(ours, theirs, results_of(F.linear, torch.float64, **inputs), "bfloat16")
     assert verdict.ok, verdict
-    assert all(np.isfinite(a).all() for a in found[0].values())
+    assert calls.count("linear_forward") == 3 * len(ours)
 
 
 @pytest.mark.parametrize("needs", range(3))

@@ -34,9 +34,10 @@ from .philox import philox4x32
 from .rnn import rnn_backward, rnn_forward, rnn_step_backward, rnn_step_forward
 from .steps import Step, schedule
 from .torch_layout import recurrent_forward_backward
-from .verdict import EPS, Verdict, error_rule
+from .verdict import COMPUTATIONS, EPS, Verdict, error_rule
 
 __all__ = [
+    "COMPUTATIONS",
     "EPS",
     "AttentionCache",
     "Step",

@@ -1,5 +1,6 @@
 """Every kernel of this machine against the float64 reference: the command `fastseq verify`."""
 
-from fastseq.verify.command import DTYPES, FAMILIES, NothingToVerify, judge, run
+from fastseq.verify.command import DTYPES, FAMILIES, NothingToVerify, run
+from fastseq.verify.comparison import Comparison, Family, compare
 
-__all__ = ["DTYPES", "FAMILIES", "NothingToVerify", "judge", "run"]
+__all__ = ["DTYPES", "FAMILIES", "Comparison", "Family", "NothingToVerify", "compare", "run"]

@@ -22,9 +22,15 @@ from fastseq.reference import (
     scaled_dot_product_attention_backward,
     scaled_dot_product_attention_forward,
 )
-from fastseq.verify.tensors import Comparison, array, exact_dtype, poisoned_memory
+from fastseq.verify.comparison import Family
+from fastseq.verify.tensors import array, poisoned_memory
 
-AXES = "BNLS"
+MASK_AXES = "BNLS"
+# L queries, S keys, D features of both, E of values.
+AXES = {
+    "q": "LD", "k": "SD", "v": "SE", "dout": "LE", "dlse": "L", "allowed": "LS", "bias": "LS",
+    "out": "LE", "dq": "LD", "dk": "SD", "dv": "SE", "dbias": "LS", "lse": "L", "sees no key": "L",
+}  # fmt: skip
 NAN = float("nan")
 SEED = 0x5EED_0123_4567_89AB
 
@@ -128,11 +134,6 @@ class Inputs:
     alibi_slopes: Tensor | None  # (B, N), up to 0.5 as in the paper
     scale: float
 
-    def to(self, device: str) -> Inputs:
-        """The same on another device; lengths stay on the CPU."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("lengths")}
-        return replace(self, **{name: a.to(device) for name, a in moved.items() if isinstance(a, Tensor)})
-
     @property
     def real(self) -> Tensor:
         """(B, 1, L, 1), False where a query is padding."""
@@ -160,7 +161,7 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
         return torch.rand(*shape, generator=generator) < part
 
     def mask_shape(axes: str):
-        return [size if axis in axes else 1 for axis, size in zip(AXES, (B, N, L, S), strict=True)]
+        return [size if axis in axes else 1 for axis, size in zip(MASK_AXES, (B, N, L, S), strict=True)]
 
     def random_lengths(longest: int, wanted: bool):
         lengths = torch.randint(longest + 1, (B,), generator=generator) if wanted else torch.full((B,), longest)
@@ -364,22 +365,21 @@ def _padded(a: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _lse_results(lse: np.ndarray, inputs: Inputs) -> dict[str, np.ndarray]:
-    """The rows of lse that are no padding, and apart from them where it is -inf."""
-    lse = lse[np.broadcast_to(inputs.real[..., 0].cpu().numpy(), lse.shape)]
-    none = lse == -np.inf
-    return {"lse": np.where(none, 0, lse), "sees no key": none.astype(lse.dtype)}
+    """lse, 0 at padding and where it is -inf, and apart from it where that is."""
+    real = inputs.real[..., 0].cpu().numpy()
+    none = real & (lse == -np.inf)
+    return {"lse": np.where(real & ~none, lse, 0), "sees no key": none.astype(lse.dtype)}
 
 
 def _sum_to(a: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     return a.sum(axis=tuple(n for n, size in enumerate(shape) if size == 1), keepdims=True)
 
 
-def compare(native, case: Case, dtype: torch.dtype, isas: Sequence[str], seed: int = 0) -> Iterator[Comparison]:
-    """What is to be compared: every kernel of every instruction set."""
-    inputs = make_inputs(case, dtype, seed)
-    reference = reference_results(case, inputs, exact_dtype(dtype))
-    inputs = inputs.to("cuda") if "cuda" in isas else inputs
-    torch_ = torch_results(case, inputs)
-    for isa in isas:
-        for kernel, results in kernel_results(native, case, inputs, isa):
-            yield Comparison(isa, kernel, results, torch_, reference)
+def free_axes(case: Case) -> dict[str, int]:
+    """The axes along which the order does not matter, and their sizes."""
+    sizes = {"D": case.head_dim, "E": case.value_dim}
+    placed = case.is_causal or case.window != (None, None) or case.lengths or case.alibi or case.dropout_p
+    return sizes if placed else sizes | {"L": case.queries, "S": case.keys}
+
+
+FAMILY = Family(cases, make_inputs, reference_results, torch_results, kernel_results, AXES, free_axes)

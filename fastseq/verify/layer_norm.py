@@ -5,7 +5,7 @@ Straight at the backend, so that nothing can fall back to torch unseen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq.reference import layernorm_backward, layernorm_forward
-from fastseq.verify.tensors import Comparison, array, exact_dtype, poisoned_memory
+from fastseq.verify.comparison import Family
+from fastseq.verify.tensors import array, poisoned_memory
 
 EPS = 1e-5
+AXES = dict.fromkeys(("x", "residual", "dy", "dz", "y", "z", "dx"), "TBN")
+AXES |= dict.fromkeys(("weight", "bias", "dweight", "dbias"), "N")
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
     )
 
 
-def reference_results(inputs: Inputs, dtype: type) -> dict[str, np.ndarray]:
+def reference_results(case: Case, inputs: Inputs, dtype: type) -> dict[str, np.ndarray]:
     """Outputs and gradients by name, computed in `dtype`."""
 
     def exact(a: Tensor) -> np.ndarray:
@@ -109,7 +112,7 @@ def reference_results(inputs: Inputs, dtype: type) -> dict[str, np.ndarray]:
     return results | ({"dweight": dweight, "dbias": dbias} if affine else {})
 
 
-def torch_results(inputs: Inputs) -> dict[str, np.ndarray]:
+def torch_results(case: Case, inputs: Inputs) -> dict[str, np.ndarray]:
     """The same by torch."""
     given = {"x": inputs.x, "weight": inputs.weight, "bias": inputs.bias}
     leaves = {name: a.clone().requires_grad_() for name, a in given.items() if a is not None}
@@ -142,10 +145,9 @@ def _laid_out(a: Tensor | None, case: Case) -> Tensor | None:
     return F.pad(a.transpose(0, 1), (0, 3), value=float("nan")).transpose(0, 1)[..., : case.features]
 
 
-def compare(native, case: Case, dtype: torch.dtype, isas: Sequence[str], seed: int = 0) -> Iterator[Comparison]:
-    """What is to be compared: every kernel of every instruction set."""
-    inputs = make_inputs(case, dtype, seed)
-    reference, torch_ = reference_results(inputs, exact_dtype(dtype)), torch_results(inputs)
-    for isa in isas:
-        for kernel, results in kernel_results(native, case, inputs, isa):
-            yield Comparison(isa, kernel, results, torch_, reference)
+def free_axes(case: Case) -> dict[str, int]:
+    """The axes along which the order does not matter, and their sizes."""
+    return {"T": case.steps, "B": case.batch, "N": case.features}
+
+
+FAMILY = Family(cases, make_inputs, reference_results, torch_results, kernel_results, AXES, free_axes)

@@ -5,7 +5,7 @@ Straight at the backend, so that nothing can fall back to torch unseen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq.reference import temporal_affine_forward
-from fastseq.verify.tensors import Comparison, array, exact_dtype, poisoned_memory
+from fastseq.verify.comparison import Family
+from fastseq.verify.tensors import array, poisoned_memory
+
+AXES = {"x": "K", "weight": "NK", "bias": "N", "y": "N"}
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,14 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
     )
 
 
-def reference_results(inputs: Inputs, dtype: type) -> dict[str, np.ndarray]:
+def reference_results(case: Case, inputs: Inputs, dtype: type) -> dict[str, np.ndarray]:
     """Outputs by name, computed in `dtype`."""
     x, weight = (a.double().numpy().astype(dtype) for a in (inputs.x, inputs.weight))
     bias = np.zeros(len(weight), dtype) if inputs.bias is None else inputs.bias.double().numpy().astype(dtype)
     return {"y": temporal_affine_forward(x, weight.T, bias)[0]}
 
 
-def torch_results(inputs: Inputs) -> dict[str, np.ndarray]:
+def torch_results(case: Case, inputs: Inputs) -> dict[str, np.ndarray]:
     """The same by torch."""
     return {"y": array(F.linear(inputs.x, inputs.weight, inputs.bias))}
 
@@ -100,10 +103,9 @@ def kernel_results(native, case: Case, inputs: Inputs, isa: str) -> Iterator[tup
         yield "inference", {"y": array(native.linear_forward(x, panels, threads))}
 
 
-def compare(native, case: Case, dtype: torch.dtype, isas: Sequence[str], seed: int = 0) -> Iterator[Comparison]:
-    """What is to be compared: every kernel of every instruction set."""
-    inputs = make_inputs(case, dtype, seed)
-    reference, torch_ = reference_results(inputs, exact_dtype(dtype)), torch_results(inputs)
-    for isa in isas:
-        for kernel, results in kernel_results(native, case, inputs, isa):
-            yield Comparison(isa, kernel, results, torch_, reference)
+def free_axes(case: Case) -> dict[str, int]:
+    """The axes along which the order does not matter, and their sizes."""
+    return {"K": case.inputs, "N": case.outputs}
+
+
+FAMILY = Family(cases, make_inputs, reference_results, torch_results, kernel_results, AXES, free_axes)

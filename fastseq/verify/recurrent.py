@@ -7,18 +7,25 @@ of the training kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from dataclasses import fields as dataclass_fields
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastseq.reference.torch_layout import GATES, recurrent_forward_backward
-from fastseq.verify.tensors import Comparison, array, exact_dtype, poisoned_memory
+from fastseq.verify.comparison import Family
+from fastseq.verify.tensors import array, poisoned_memory
 
 CELLS = tuple(GATES)
+# B rows, I inputs, H units; the gates are parts of H units each.
+AXES = {
+    "x": "BI", "h_0": "BH", "c_0": "BH", "w_ih": "HI", "w_hh": "HH", "b_ih": "H", "b_hh": "H", "reset": "B",
+    "y": "BH", "h_n": "BH", "c_n": "BH", "c_all": "BH",
+}  # fmt: skip
+AXES |= {f"d{name}": letters for name, letters in AXES.items()}
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,10 @@ class Inputs:
     x: Tensor  # (T, B, I)
     h_0: Tensor  # (B, H)
     c_0: Tensor | None  # lstm only, as dc_n and dc_all
-    weights: tuple[Tensor | None, ...]
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
     dy: Tensor  # (T, B, H)
     dh_n: Tensor
     dc_n: Tensor | None
@@ -90,11 +100,10 @@ class Inputs:
     lengths: Tensor | None  # (B,)
     reset: Tensor | None  # (T, B)
 
-    def to(self, device: str) -> Inputs:
-        """The same on another device; lengths stay on the CPU."""
-        fields = {f.name: getattr(self, f.name) for f in dataclass_fields(self) if f.name not in ("weights", "lengths")}
-        moved = {name: None if a is None else a.to(device) for name, a in fields.items()}
-        return replace(self, weights=tuple(None if w is None else w.to(device) for w in self.weights), **moved)
+    @property
+    def weights(self) -> tuple[Tensor | None, ...]:
+        """In torch's order."""
+        return self.w_ih, self.w_hh, self.b_ih, self.b_hh
 
     @property
     def active(self) -> Tensor:
@@ -138,7 +147,10 @@ def make_inputs(cell: str, case: Case, dtype: torch.dtype, seed: int = 0) -> Inp
         x=x,
         h_0=normal(B, H),
         c_0=normal(B, H) if lstm else None,
-        weights=(w_ih, w_hh, *biases),
+        w_ih=w_ih,
+        w_hh=w_hh,
+        b_ih=biases[0],
+        b_hh=biases[1],
         dy=normal(T, B, H),
         dh_n=normal(B, H),
         dc_n=normal(B, H) if lstm else None,
@@ -228,7 +240,7 @@ def _torch_loop(cell: str, case: Case, x: Tensor, state: tuple[Tensor, ...], wei
 
 
 def kernel_results(
-    backend, cell: str, case: Case, inputs: Inputs, isa: str
+    cell: str, backend, case: Case, inputs: Inputs, isa: str
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """(kernel, results) of every kernel of a backend, that of the CPU or of CUDA, that serves the case.
 
@@ -329,14 +341,20 @@ def _without_padding(results: dict[str, np.ndarray], inputs: Inputs) -> dict[str
     return {name: _packed(a, inputs.active, inputs.order) if name in SEQUENCES else a for name, a in results.items()}
 
 
-def compare(
-    cell: str, backend, case: Case, dtype: torch.dtype, isas: Sequence[str], seed: int = 0
-) -> Iterator[Comparison]:
-    """What is to be compared: every kernel of every instruction set."""
-    inputs = make_inputs(cell, case, dtype, seed)
-    reference = reference_results(cell, case, inputs, exact_dtype(dtype))
-    inputs = inputs.to("cuda") if "cuda" in isas else inputs
-    torch_ = torch_results(cell, case, inputs)
-    for isa in isas:
-        for kernel, results in kernel_results(backend, cell, case, inputs, isa):
-            yield Comparison(isa, kernel, results, torch_, reference)
+def free_axes(case: Case) -> dict[str, int]:
+    """The axes along which the order does not matter, and their sizes."""
+    sizes = {"I": case.input_size, "H": case.hidden_size}
+    return sizes if case.lengths or case.packed else sizes | {"B": case.batch}
+
+
+def family(cell: str) -> Family:
+    """The kernels of a cell."""
+    return Family(
+        cases,
+        partial(make_inputs, cell),
+        partial(reference_results, cell),
+        partial(torch_results, cell),
+        partial(kernel_results, cell),
+        AXES,
+        free_axes,
+    )

@@ -1,29 +1,13 @@
-"""What the families of kernels share: memory full of NaN, tensors as arrays, and what is to be compared."""
+"""What the families of kernels share: memory full of NaN, and tensors as arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-
-
-class Comparison(NamedTuple):
-    """The results of one kernel, and of torch and the reference for the same inputs, which may have more."""
-
-    isa: str
-    kernel: str
-    ours: Mapping[str, np.ndarray]
-    torch: Mapping[str, np.ndarray]
-    reference: Mapping[str, np.ndarray]
-
-
-def exact_dtype(dtype: torch.dtype) -> type:
-    """What the reference runs in for kernels of `dtype`."""
-    return np.longdouble if dtype == torch.float64 else np.float64
 
 
 @contextmanager
