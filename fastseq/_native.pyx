@@ -67,14 +67,22 @@ def read_rate(tensor, double seconds, int threads):
     return rate
 
 
-def checksum(tensor, int threads):
-    """Two integers that depend on every byte of a contiguous tensor and on its place."""
+def checksum(*tensors):
+    """Two integers for each tensor, that depend on every byte of it and on its place; tensors must be contiguous. One
+    that is None has none."""
     cdef View view
     cdef Checksum result
-    cdef int64_t bytes = read_bytes(tensor, &view)
-    with nogil:
-        result = kernels_checksum(view.data, bytes, threads)
-    return result.sum, result.weighted
+    cdef int64_t bytes
+    cdef int threads = count_threads()
+    sums = []
+    for tensor in tensors:
+        if tensor is not None:
+            bytes = read_bytes(tensor, &view)
+            with nogil:
+                result = kernels_checksum(view.data, bytes, threads)
+            sums.append(result.sum)
+            sums.append(result.weighted)
+    return tuple(sums)
 
 
 # The size of a contiguous tensor.

@@ -105,11 +105,6 @@ def read_rate(tensor: Tensor, seconds: float = 0.05) -> float:
     return _native.read_rate(tensor, seconds, torch.get_num_threads())
 
 
-def checksum(tensor: Tensor) -> tuple[int, int]:
-    """Two integers that depend on every byte of a contiguous tensor and on its place."""
-    return _native.checksum(tensor, torch.get_num_threads())
-
-
 def pack(cell: str, weights: Weights) -> Panels:
     """The weights, packed for the active instruction set; `nbytes` and `isa` tell how large and for which.
 
@@ -125,7 +120,8 @@ def pack(cell: str, weights: Weights) -> Panels:
 recurrent_step = _native.recurrent_step
 
 
-# Nor these: they take keywords themselves, and say what those mean.
+# Nor these: they read the number of threads and take keywords themselves, and say what those mean.
+checksum = _native.checksum
 recurrent_forward = _native.recurrent_forward
 recurrent_backward = _native.recurrent_backward
 attention_forward = _native.attention_forward

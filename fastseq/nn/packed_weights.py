@@ -14,20 +14,16 @@ Weights = tuple[Tensor | None, ...]  # that are packed together
 Pack = Callable[[Weights], Any]
 
 
-class _Weight(NamedTuple):
-    """What a weight was when it was packed."""
-
-    tensor: weakref.ref[Tensor]
-    memory: int
-    dtype: torch.dtype
-    version: int | None
-    checksum: tuple[int, int] | None  # None: packed while frozen, the bytes were never read
-
-
 class _Entry(NamedTuple):
+    """Panels, and what their weights were when they were packed: a value per weight, None for one that is None."""
+
     backend: ModuleType
     isa: str
-    weights: list[_Weight | None]
+    tensors: list[weakref.ref[Tensor] | None]
+    memory: list[int | None]
+    dtypes: list[torch.dtype | None]
+    versions: list[int | None]
+    checksum: tuple[int, ...] | None  # of all of them; None: packed while frozen, the bytes were never read
     panels: Any
 
 
@@ -59,49 +55,49 @@ class PackedWeights:
         panels = []
         for group in weights:
             entry = self._entries.get(place)
-            if entry is not None and self._holds(entry, backend, group):
-                panels.append(entry.panels)
-            else:
-                panels.append(self._pack(backend, place, group, pack))
+            if entry is None or not self._holds(entry, backend, group):
+                entry = self._pack(backend, place, group, pack)
+            panels.append(None if entry is None else entry.panels)
             place += 1
         return tuple(panels)
 
-    def _pack(self, backend: ModuleType, place: int, group: Weights, pack: Pack) -> Any:
-        if not all(w is None or w.is_contiguous() for w in group):
+    def _pack(self, backend: ModuleType, place: int, group: Weights, pack: Pack) -> _Entry | None:
+        given = [w for w in group if w is not None]
+        if not all(w.is_contiguous() for w in given):
             return None
         # Before packing: a write by another thread meanwhile must not pass for packed.
-        weights = [None if w is None else self._describe(backend, w) for w in group]
-        panels = pack(group)
-        self._entries[place] = _Entry(backend, backend.active_isa(), weights, panels)
-        return panels
-
-    def _describe(self, backend: ModuleType, weight: Tensor) -> _Weight:
-        checksum = None if self.frozen else backend.checksum(weight)
-        return _Weight(weakref.ref(weight), weight.data_ptr(), weight.dtype, _version(weight), checksum)
+        entry = _Entry(
+            backend,
+            backend.active_isa(),
+            [None if w is None else weakref.ref(w) for w in group],
+            [None if w is None else w.data_ptr() for w in group],
+            [None if w is None else w.dtype for w in group],
+            [None if w is None or w.is_inference() else w._version for w in group],  # inference tensors have none
+            None if self.frozen else backend.checksum(*given),
+            None,
+        )
+        entry = self._entries[place] = entry._replace(panels=pack(group))
+        return entry
 
     def _holds(self, entry: _Entry, backend: ModuleType, group: Weights) -> bool:
-        if entry.backend is not backend or entry.isa != backend.active_isa():
+        known_backend, isa, tensors, memory, dtypes, versions, checksum, _ = entry
+        if known_backend is not backend or isa != backend.active_isa():
             return False
-        pairs = list(zip(entry.weights, group, strict=True))
-        for known, weight in pairs:
-            if known is None or weight is None:
-                if known is not weight:
+        frozen = self.frozen
+        for i, weight in enumerate(group):
+            known = tensors[i]
+            if weight is None or known is None:
+                if weight is not known:
                     return False
-            elif known.tensor() is not weight or known.memory != weight.data_ptr() or known.dtype is not weight.dtype:
+            elif not (
+                known() is weight
+                and memory[i] == weight.data_ptr()
+                and dtypes[i] is weight.dtype
+                and weight.is_contiguous()
+                and (frozen or versions[i] == (None if weight.is_inference() else weight._version))
+            ):
                 return False
-        if self.frozen:
-            return True
-        for known, weight in pairs:
-            if weight is not None and (known.version != _version(weight) or known.checksum != backend.checksum(weight)):
-                return False
-        return True
-
-
-def _version(weight: Tensor) -> int | None:
-    try:
-        return weight._version
-    except RuntimeError:  # inference tensors have none
-        return None
+        return frozen or checksum == backend.checksum(*group)
 
 
 class PacksWeights:
