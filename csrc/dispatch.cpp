@@ -6,28 +6,14 @@
 
 namespace fastseq {
 
-// One table per ISA; CMakeLists.txt compiles csrc/cpu/table.cpp once for each of these names.
-namespace baseline {
-extern const Kernels kTable;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const Kernels kTable;
-}
-namespace avx512 {
-extern const Kernels kTable;
-}
-namespace avx512_bf16 {
-extern const Kernels kTable;
-}
-#endif
+#define ISA(name, runs_here)   \
+  namespace name {             \
+  extern const Kernels kTable; \
+  }
+#include "isas.def"
+#undef ISA
 
 namespace {
-
-struct Candidate {
-  const Kernels* table;
-  bool (*runs_here)();
-};
 
 #if defined(__x86_64__)
 // The builtin also asks whether the operating system saves the wide registers.
@@ -44,33 +30,31 @@ bool has_avx512() {
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-// Worst first.
-const Candidate kCandidates[] = {
-    {&baseline::kTable, [] { return true; }},
-#if defined(__x86_64__)
-    {&avx2::kTable, has_avx2},
-    {&avx512::kTable, has_avx512},
-    {&avx512_bf16::kTable, has_avx512_bf16},
-#endif
+struct Tables {
+  const Kernels* entries[8] = {};  // the last stays null
+
+  Tables() {
+    int count = 0;
+#define ISA(name, runs_here) \
+  if (runs_here) entries[count++] = &name::kTable;
+#include "isas.def"
+#undef ISA
+  }
 };
 
 const Kernels* choose() {
   const char* wanted = std::getenv("FASTSEQ_ISA");
-  if (wanted && *wanted) return find_kernels(wanted);
   const Kernels* best = nullptr;
-  for (const Candidate& candidate : kCandidates) {
-    if (candidate.runs_here()) best = candidate.table;
-  }
+  for (const Kernels* const* table = available_kernels(); *table; ++table)
+    if (!wanted || !*wanted || std::strcmp(wanted, (*table)->isa) == 0) best = *table;
   return best;
 }
 
 }  // namespace
 
-const Kernels* find_kernels(const char* isa) {
-  for (const Candidate& candidate : kCandidates) {
-    if (std::strcmp(isa, candidate.table->isa) == 0) return candidate.runs_here() ? candidate.table : nullptr;
-  }
-  return nullptr;
+const Kernels* const* available_kernels() {
+  static const Tables tables;
+  return tables.entries;
 }
 
 const Kernels* default_kernels() {

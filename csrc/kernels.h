@@ -7,7 +7,6 @@
 namespace fastseq {
 
 enum Dtype : int { kFloat32, kFloat64, kBFloat16, kDtypes, kFloat16 = kDtypes, kCudaDtypes };  // float16: CUDA only
-enum CellKind : int { kRnnTanh, kRnnRelu, kLstm, kGru, kCells };
 enum Status : int { kOk, kOutOfMemory, kCudaError };  // the last: Kernels::error tells which
 
 // CUDA only: where a call runs. Pointers of its params are to the memory of this device, unless they say otherwise.
@@ -89,6 +88,18 @@ struct RecurrentKernels {
   void (*pack)(const RecurrentParams&, void* panels);  // reads I, H, threads, weights; panels 64-byte aligned
   Status (*forward)(const RecurrentParams&);
   Status (*backward)(const RecurrentParams&);
+};
+
+// One cell of cells.def: its kernels, and what their callers must know of it.
+struct CellKernels {
+  const char* name;
+  int gates;   // blocks of H rows in the weights, in torch's order
+  int states;  // beside h: 0, or 1 (c)
+  // How `saved` is divided on CUDA: the slots of math/step.h, and the gate in the first slot of the input; the others
+  // follow cyclically. Slots of the recurrence are in the order of the gates.
+  int slots, input_slot, recurrent_slot, first_gate;
+  bool carry;
+  const RecurrentKernels* kernels;  // kDtypes entries; CUDA: kCudaDtypes
 };
 
 // The heads of a sequence tensor, (B, N, L, D) by strides in elements; the last axis is contiguous.
@@ -196,19 +207,19 @@ struct LinearKernels {
 struct Kernels {
   const char* isa;  // "baseline", "avx2", "avx512", "avx512_bf16"; "cuda"
   int vector_bytes;
-  const RecurrentKernels* (*recurrent)(int cell);  // kDtypes entries; CUDA: kCudaDtypes
-  const AttentionKernels* attention;               // kDtypes entries; CUDA: kCudaDtypes
-  const LayerNormKernels* layer_norm;              // kDtypes entries; null on CUDA
-  const LinearKernels* linear;                     // kDtypes entries; null on CUDA
-  double (*fma_peak)(int dtype, double seconds);   // measured flops per second of one core at full FMA rate; CPU only
+  const CellKernels* const* cells;                // in the order of cells.def, then null
+  const AttentionKernels* attention;              // kDtypes entries; CUDA: kCudaDtypes
+  const LayerNormKernels* layer_norm;             // kDtypes entries; null on CUDA
+  const LinearKernels* linear;                    // kDtypes entries; null on CUDA
+  double (*fma_peak)(int dtype, double seconds);  // measured flops per second of one core at full FMA rate; CPU only
   // Measured bytes per second at which a team reads a buffer, over and over. CPU only.
   double (*read_rate)(const void* data, int64_t bytes, int threads, double seconds);
   const char* (*error)();  // CUDA only: what this thread's last kCudaError was
 };
 
-// The table of an ISA, or null when this machine (or this build) lacks it.
-const Kernels* find_kernels(const char* isa);
-// The best table of this machine. FASTSEQ_ISA, read once, can ask for a lower one.
+// The tables of the ISAs that run on this machine, worst first, then null.
+const Kernels* const* available_kernels();
+// The best of them, or the one that FASTSEQ_ISA, read once, names; null if it names none of them.
 const Kernels* default_kernels();
 
 // The CUDA kernels are a library of their own, which is opened at run time; this is what it exports. `params_bytes` is

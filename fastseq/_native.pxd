@@ -52,7 +52,6 @@ cdef extern from "dlfcn.h" nogil:
 
 cdef extern from "kernels.h" namespace "fastseq" nogil:
     int kFloat32, kFloat64, kBFloat16, kDtypes, kFloat16, kCudaDtypes
-    int kRnnTanh, kRnnRelu, kLstm, kGru
     ctypedef enum Status:
         kOk
         kOutOfMemory
@@ -99,6 +98,11 @@ cdef extern from "kernels.h" namespace "fastseq" nogil:
         void (*pack)(const RecurrentParams&, void*) noexcept nogil
         Status (*forward)(const RecurrentParams&) noexcept nogil
         Status (*backward)(const RecurrentParams&) noexcept nogil
+    struct CellKernels:
+        const char* name
+        int gates, states, slots, input_slot, recurrent_slot, first_gate
+        bint carry
+        const RecurrentKernels* kernels
     struct Heads:
         void* data
         int64_t batch_stride
@@ -167,7 +171,7 @@ cdef extern from "kernels.h" namespace "fastseq" nogil:
     struct Kernels:
         const char* isa
         int vector_bytes
-        const RecurrentKernels* (*recurrent)(int) noexcept nogil
+        const CellKernels* const* cells
         const AttentionKernels* attention
         const LayerNormKernels* layer_norm
         const LinearKernels* linear
@@ -180,6 +184,6 @@ cdef extern from "kernels.h" namespace "fastseq" nogil:
     struct Checksum:
         uint64_t sum
         uint64_t weighted
-    const Kernels* find_kernels(const char*)
+    const Kernels* const* available_kernels()
     const Kernels* default_kernels()
     Checksum kernels_checksum "fastseq::checksum"(const void*, int64_t, int)

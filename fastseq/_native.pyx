@@ -12,10 +12,6 @@ from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintpt
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-CELLS = {"rnn_tanh": kRnnTanh, "rnn_relu": kRnnRelu, "lstm": kLstm, "gru": kGru}
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
-cdef int64_t[4] GATES = [1, 1, 4, 3]
-
 cdef const Kernels* active = default_kernels()
 
 include "_native_tensors.pxi"
@@ -27,7 +23,12 @@ include "_native_cuda.pxi"
 
 def isas():
     """The names of the instruction sets that run on this machine, worst first."""
-    return tuple([name for name in ISAS if find_kernels(name.encode()) != NULL])
+    cdef const Kernels* const* table = available_kernels()
+    names = []
+    while table[0] != NULL:
+        names.append(table[0].isa.decode())
+        table += 1
+    return tuple(names)
 
 
 def active_isa():
@@ -94,10 +95,37 @@ cdef int64_t read_bytes(tensor, View* view) except -1:
 
 
 cdef const Kernels* table_of(name) except NULL:
-    cdef const Kernels* table = find_kernels(name.encode())
-    if table == NULL:
-        raise ValueError(f"instruction set {name!r} is none of those of this machine: {', '.join(isas())}")
-    return table
+    cdef const Kernels* const* table = available_kernels()
+    while table[0] != NULL:
+        if table[0].isa == <bytes>name.encode():
+            return table[0]
+        table += 1
+    raise ValueError(f"instruction set {name!r} is none of those of this machine: {', '.join(isas())}")
+
+
+def cells():
+    """The facts of each cell, in the order of the tables: name, gates, states, slots, input_slot, recurrent_slot,
+    first_gate, carry. CellKernels in csrc/kernels.h says what they mean; they are the same in all tables."""
+    cdef const CellKernels* const* cell = available_kernels()[0].cells
+    facts = []
+    while cell[0] != NULL:
+        facts.append((
+            cell[0].name.decode(), cell[0].gates, cell[0].states, cell[0].slots, cell[0].input_slot,
+            cell[0].recurrent_slot, cell[0].first_gate, bool(cell[0].carry),
+        ))
+        cell += 1
+    return facts
+
+
+# The place of each cell in the tables.
+cdef dict cell_places = {facts[0]: place for place, facts in enumerate(cells())}
+
+
+cdef int place_of(cell) except -1:
+    place = cell_places.get(cell)
+    if place is None:
+        raise Refused(f"cell must be one of {', '.join(cell_places)}, got {cell!r}")
+    return place
 
 
 cdef class Panels:
@@ -105,7 +133,8 @@ cdef class Panels:
 
     cdef void* memory
     cdef const Kernels* table
-    cdef int cell, dtype
+    cdef const CellKernels* cell
+    cdef int dtype
     cdef int64_t input_size, hidden_size
     cdef readonly int64_t nbytes
 
@@ -125,13 +154,13 @@ def pack(cell, weights, int threads):
     cdef const RecurrentKernels* kernels
     cdef Panels panels = Panels.__new__(Panels)
     w_ih, w_hh, b_ih, b_hh = weights
-    start(&problem, cell, threads)
+    start(&problem, active, cell, threads)
     read(w_ih, "w_ih", &view)
     check_float(&view, "w_ih", 2)
     problem.dtype = view.dtype
     problem.params.input_size = view.shape[1]
     read_weights(&problem, w_ih, w_hh, b_ih, b_hh)
-    kernels = active.recurrent(problem.cell) + problem.dtype
+    kernels = problem.cell.kernels + problem.dtype
     panels.table, panels.cell, panels.dtype = active, problem.cell, problem.dtype
     panels.input_size, panels.hidden_size = problem.params.input_size, problem.params.hidden_size
     panels.nbytes = kernels.panels_bytes(problem.params)
@@ -169,18 +198,18 @@ def recurrent_forward(
     cdef Status status
     c_n = c_all = saved = None
     w_ih, w_hh, b_ih, b_hh = weights
-    start(&problem, cell, count_threads())
+    start(&problem, active, cell, count_threads())
     read_input(&problem, x, h_0, c_0, batch_sizes, order, packed, reverse, reset)
     read_weights(&problem, w_ih, w_hh, b_ih, b_hh)
     read_states(&problem, h_0, c_0, float_state)
     use_panels(&problem, panels)
-    kernels = active.recurrent(problem.cell) + problem.dtype
+    kernels = problem.cell.kernels + problem.dtype
     if y is None:
         y = empty_sequence(&p.y, &problem, p.hidden_size)
     else:
         read_sequence(&p.y, y, "y", &problem, p.hidden_size, True)
     h_n = empty_state(&p.h_n, &problem)
-    if problem.cell == kLstm:
+    if problem.cell.states:
         c_n = empty_state(&p.c_n, &problem)
         if return_c:
             c_all = empty_sequence(&p.c_all, &problem, p.hidden_size)
@@ -203,7 +232,7 @@ def recurrent_step(
     cdef View view
     cdef Status status
     h_n = c_n = saved = None
-    start(&problem, cell, threads)
+    start(&problem, active, cell, threads)
     read(x, "x", &view)
     check_float(&view, "x", 2)
     check_unit_stride(&view, "x")
@@ -213,13 +242,13 @@ def recurrent_step(
     read_weights(&problem, w_ih, w_hh, b_ih, b_hh)
     read_states(&problem, h, c, float_state)
     use_panels(&problem, panels)
-    kernels = active.recurrent(problem.cell) + problem.dtype
+    kernels = problem.cell.kernels + problem.dtype
     y = empty_step(&p.y.data, &problem, problem.dtype)
     p.y.row_stride = p.hidden_size
     if float_state:
         h_n = empty_step(&p.h_n.data, &problem, problem.state_dtype)
         p.h_n.row_stride = p.hidden_size
-    if problem.cell == kLstm:
+    if problem.cell.states:
         c_n = empty_step(&p.c_n.data, &problem, problem.state_dtype)
         p.c_n.row_stride = p.hidden_size
     if save:
@@ -255,11 +284,11 @@ def recurrent_backward(
     dh_0 = dc_0 = dw_ih = dw_hh = db_ih = db_hh = None
     w_ih, w_hh, b_ih, b_hh = weights
     needs_x, needs_h_0, needs_c_0, needs_w_ih, needs_w_hh, needs_b_ih, needs_b_hh = needs
-    start(&problem, cell, count_threads())
+    start(&problem, active, cell, count_threads())
     read_input(&problem, x, h_0, c_0, batch_sizes, order, packed, reverse, reset)
     read_weights(&problem, w_ih, w_hh, b_ih, b_hh)
     read_states(&problem, h_0, c_0, float_state)
-    kernels = table_of(isa).recurrent(problem.cell) + problem.dtype
+    kernels = table_of(isa).cells[place_of(cell)].kernels + problem.dtype
     read_sequence(&p.y, required(y, "y"), "y", &problem, p.hidden_size, False)
     read(saved, "saved", &view)
     check(&view, "saved", UINT8, kernels.saved_bytes(p[0]), -1, -1)
@@ -268,7 +297,7 @@ def recurrent_backward(
     check_aligned(p.saved)
     read_sequence(&p.dy, dy, "dy", &problem, p.hidden_size, False)
     read_state(&p.dh_n, dh_n, "dh_n", &problem)
-    if problem.cell == kLstm:
+    if problem.cell.states:
         read_state(&p.dc_n, dc_n, "dc_n", &problem)
         read_sequence(&p.dc_all, dc_all, "dc_all", &problem, p.hidden_size, False)
 
@@ -277,10 +306,10 @@ def recurrent_backward(
         p.accumulate_dx = accumulate_dx
     elif needs_x:
         dx = empty_sequence(&p.dx, &problem, p.input_size)
-    rows = GATES[problem.cell] * p.hidden_size
+    rows = problem.cell.gates * p.hidden_size
     if needs_h_0:
         dh_0 = empty_state(&p.dh_0, &problem)
-    if needs_c_0 and problem.cell == kLstm:
+    if needs_c_0 and problem.cell.states:
         dc_0 = empty_state(&p.dc_0, &problem)
     if needs_w_ih:
         dw_ih = empty(&p.dw_ih, problem.dtype, (rows, p.input_size))
@@ -333,12 +362,9 @@ cdef required(tensor, str name):
 # ---- filling the params
 
 
-cdef int start(Problem* problem, cell, int threads) except -1:
+cdef int start(Problem* problem, const Kernels* table, cell, int threads) except -1:
     memset(problem, 0, sizeof(Problem))
-    index = CELLS.get(cell)
-    if index is None:
-        raise Refused(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
-    problem.cell = index
+    problem.cell = table.cells[place_of(cell)]
     problem.place, problem.dtypes = CPU, kDtypes
     problem.params.threads = threads if threads > 1 else 1
     return 0
@@ -432,7 +458,7 @@ cdef int read_weights(Problem* problem, w_ih, w_hh, b_ih, b_hh) except -1:
     if view.dims != 2 or view.shape[1] < 1:
         raise Refused(f"w_hh must have shape (gates * H, H), got {shape_of(&view)}")
     p.hidden_size = view.shape[1]
-    rows = GATES[problem.cell] * p.hidden_size
+    rows = problem.cell.gates * p.hidden_size
     check(&view, "w_hh", problem.dtype, rows, p.hidden_size, -1)
     check_contiguous(&view, "w_hh")
     p.w_hh = view.data
@@ -455,8 +481,8 @@ cdef int read_states(Problem* problem, h_0, c_0, bint float_state) except -1:
     p.float_state = float_state
     problem.state_dtype = kFloat32 if float_state else problem.dtype
     read_state(&p.h_0, h_0, "h_0", problem)
-    if c_0 is not None and problem.cell != kLstm:
-        raise Refused("c_0 is for the LSTM only")
+    if c_0 is not None and not problem.cell.states:
+        raise Refused(f"c_0 is for cells with a state beside h, got one for {problem.cell.name.decode()}")
     return read_state(&p.c_0, c_0, "c_0", problem)
 
 

@@ -68,7 +68,7 @@ cdef class CudaLibrary:
         read_state(&p.dc_n, dc_n, "dc_n", &problem)
         read_state(&p.dh_0, dh_0, "dh_0", &problem)
         read_state(&p.dc_0, dc_0, "dc_0", &problem)
-        if problem.cell == kLstm or problem.cell == kGru:
+        if problem.cell.carry:
             p.dcarry = <void*>read_weight(
                 &problem.place, required(dcarry, "dcarry"), "dcarry", computes(&problem), p.batch, p.hidden_size
             )
@@ -181,7 +181,7 @@ cdef class CudaLibrary:
 
     cdef int start(self, Problem* problem, cell, x, uintptr_t stream) except -1:
         cdef View view
-        start(problem, cell, 1)
+        start(problem, self.table, cell, 1)
         read_anywhere(x, "x", &view)
         problem.place.type, problem.place.index, problem.dtypes = self.memory, view.place.index, kCudaDtypes
         problem.params.device.index, problem.params.device.stream = view.place.index, <void*>stream
@@ -204,7 +204,7 @@ cdef class CudaLibrary:
             p.order = <const int64_t*>read_weight(
                 &problem.place, required(placed_order, "placed_order"), "placed_order", INT64, p.batch, -1
             )
-        kernels = self.table.recurrent(problem.cell) + problem.dtype
+        kernels = problem.cell.kernels + problem.dtype
         elements = kernels.saved_bytes(p[0]) // ITEM_SIZE[computes(problem)]
         p.saved = <void*>read_weight(
             &problem.place, required(saved, "saved"), "saved", computes(problem), elements, -1

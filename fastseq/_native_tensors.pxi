@@ -30,7 +30,7 @@ cdef struct Problem:
     RecurrentParams params
     Place place
     int dtypes  # how many of the table there are kernels for
-    int cell
+    const CellKernels* cell
     int dtype
     int state_dtype
     int64_t rows  # of a packed sequence

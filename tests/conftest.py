@@ -1,6 +1,7 @@
 """Fixtures of every test."""
 
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -66,15 +67,31 @@ def build_check(compiler, tmp_path_factory):
 def cuda_on_host(compiler, tmp_path_factory):
     """The path of the sources of csrc/cuda as a library for the CPU: see cuda_on_host/cuda_runtime.h."""
     folder = tmp_path_factory.mktemp("cuda_on_host")
-    options = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas", "-Itests/cuda_on_host"]
+    options = [
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-ffp-contract=off",
+        "-Wno-unknown-pragmas",
+        "-Itests/cuda_on_host",
+        "-Icsrc",
+    ]
 
-    def compiled(source):
-        made = folder / f"{source.stem}.o"
-        subprocess.run([compiler, *options, "-x", "c++", "-c", source, "-o", made], cwd=ROOT, check=True)
+    def compiled(source, name, *definitions):
+        made = folder / f"{name}.o"
+        subprocess.run([compiler, *options, *definitions, "-x", "c++", "-c", source, "-o", made], cwd=ROOT, check=True)
         return made
 
+    def compiled_for(cell):
+        name, header, functor = cell
+        definitions = {"NAME": name, "HEADER": f'"math/{header}"', "FUNCTOR": functor}
+        definitions = [f"-DFASTSEQ_CELL_{key}={value}" for key, value in definitions.items()]
+        return compiled(ROOT / "csrc/cuda/recurrent_instance.cu", name, *definitions)
+
+    cells = re.findall(r"^CELL\((\w+), ([\w.]+), (\w+)\)$", (ROOT / "csrc/cells.def").read_text(), re.M)
+    sources = [ROOT / "csrc/cuda" / name for name in ("attention.cu", "table.cu")]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(compiled, (ROOT / "csrc/cuda").glob("*.cu")))
+        objects = [*pool.map(compiled_for, cells), *pool.map(compiled, sources, [source.stem for source in sources])]
     library = folder / "libfastseq_cuda.so"
     subprocess.run([compiler, "-shared", *objects, "-o", library], check=True)
     return library

@@ -1,26 +1,28 @@
 // The kernel table of one ISA.
-#include "../kernels.h"
+#include "../cell_facts.h"
 #include "peak-inl.h"
-
-#define FASTSEQ_STRINGIFY_(x) #x
-#define FASTSEQ_STRINGIFY(x) FASTSEQ_STRINGIFY_(x)
 
 namespace fastseq::FASTSEQ_ISA {
 
-extern const RecurrentKernels kRnnTanhKernels[kDtypes], kRnnReluKernels[kDtypes], kLstmKernels[kDtypes],
-    kGruKernels[kDtypes];
+namespace cells {
+#define CELL(name, header, functor) extern const CellKernels name;
+#include "../cells.def"
+#undef CELL
+}  // namespace cells
+
 extern const AttentionKernels kAttentionKernels[kDtypes];
 extern const LayerNormKernels kLayerNormKernels[kDtypes];
 extern const LinearKernels kLinearKernels[kDtypes];
 
-const RecurrentKernels* recurrent_kernels(int cell) {
-  const RecurrentKernels* const kernels[kCells] = {kRnnTanhKernels, kRnnReluKernels, kLstmKernels, kGruKernels};
-  return kernels[cell];
-}
+static constexpr const CellKernels* kCells[] = {
+#define CELL(name, header, functor) &cells::name,
+#include "../cells.def"
+#undef CELL
+    nullptr};
 
 extern const Kernels kTable = {FASTSEQ_STRINGIFY(FASTSEQ_ISA),
                                kVectorBytes,
-                               recurrent_kernels,
+                               kCells,
                                kAttentionKernels,
                                kLayerNormKernels,
                                kLinearKernels,

@@ -105,20 +105,3 @@ struct Layer {
 };
 
 }  // namespace fastseq::cuda
-
-#include "recurrent_backward.cuh"
-#include "recurrent_forward.cuh"
-
-namespace fastseq::cuda {
-
-// The entries of the kernel table for one cell and one storage type.
-template <class Cell, class S>
-constexpr RecurrentKernels recurrent_kernels() {
-  return {nullptr,
-          [](const RecurrentParams& p) {
-            return Layer<Cell, S>::saved_elements(p, Timeline(p).rows()) * int64_t(sizeof(Compute<S>));
-          },
-          nullptr, forward<Cell, S>, backward<Cell, S>};
-}
-
-}  // namespace fastseq::cuda

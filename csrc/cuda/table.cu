@@ -1,24 +1,30 @@
 // The table of the CUDA kernels, and the one symbol of their library.
+#include "../cell_facts.h"
 #include "common.cuh"
 
 namespace fastseq::cuda {
 
-extern const RecurrentKernels kRnnTanhKernels[kCudaDtypes], kRnnReluKernels[kCudaDtypes], kLstmKernels[kCudaDtypes],
-    kGruKernels[kCudaDtypes];
+namespace cells {
+#define CELL(name, header, functor) extern const CellKernels name;
+#include "../cells.def"
+#undef CELL
+}  // namespace cells
+
 extern const AttentionKernels kAttentionKernels[kCudaDtypes];
 
 namespace {
 
 thread_local cudaError_t last_error = cudaSuccess;
 
-const RecurrentKernels* recurrent_kernels(int cell) {
-  const RecurrentKernels* const kernels[kCells] = {kRnnTanhKernels, kRnnReluKernels, kLstmKernels, kGruKernels};
-  return kernels[cell];
-}
+constexpr const CellKernels* kCells[] = {
+#define CELL(name, header, functor) &cells::name,
+#include "../cells.def"
+#undef CELL
+    nullptr};
 
 const char* error() { return cudaGetErrorString(last_error); }
 
-const Kernels kTable = {"cuda", 0, recurrent_kernels, kAttentionKernels, nullptr, nullptr, nullptr, nullptr, error};
+const Kernels kTable = {"cuda", 0, kCells, kAttentionKernels, nullptr, nullptr, nullptr, nullptr, error};
 
 }  // namespace
 

@@ -46,4 +46,7 @@ struct Rnn {
   }
 };
 
+using RnnTanh = Rnn<Tanh>;
+using RnnRelu = Rnn<Relu>;
+
 }  // namespace fastseq

@@ -1,6 +1,10 @@
 """What a backend is to whoever calls it."""
 
-__all__ = ["Refused"]
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["CellFacts", "Refused"]
 
 
 class Refused(Exception):
@@ -11,3 +15,16 @@ class Refused(Exception):
     compute the call or name the mistake. Every other exception is a failure and comes through: no memory, an error of a
     device, a fault.
     """
+
+
+class CellFacts(NamedTuple):
+    """What the compiled kernels know of a cell: CellKernels in csrc/kernels.h."""
+
+    name: str
+    gates: int  # blocks of H rows in the weights
+    states: int  # beside h
+    slots: int  # values kept per unit for backward; of CUDA's `saved` the next four say where what lies
+    input_slot: int
+    recurrent_slot: int
+    first_gate: int  # the gate in `input_slot`; the others follow cyclically
+    carry: bool  # something goes from step to step outside the matrix product

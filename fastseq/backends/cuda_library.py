@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 import fastseq._native as _native
+from fastseq.backends.contract import CellFacts
 
 __all__ = [
+    "CELLS",
     "LIBRARY",
     "compute_dtype",
     "library",
@@ -24,6 +26,7 @@ __all__ = [
     "why_off",
 ]
 
+CELLS = {facts.name: facts for facts in map(CellFacts._make, _native.cells())}
 LIBRARY = Path(_native.__file__).with_name("libfastseq_cuda.so")
 
 

@@ -7,43 +7,24 @@ that span all steps (x with w_ih before it; dx, dw_ih, dw_hh after it) are torch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastseq.backends.contract import Refused
-from fastseq.backends.cuda_library import compute_dtype, library, stream_of, to_device
+from fastseq.backends.cuda_library import CELLS, compute_dtype, library, stream_of, to_device
 
 __all__ = ["recurrent_backward", "recurrent_forward", "recurrent_step"]
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-class _Layout(NamedTuple):
-    """Where `saved` keeps what of a cell: csrc/math says the same."""
-
-    gates: int
-    slots: int
-    input_slot: int
-    recurrent_slot: int
-    first_gate: int  # torch's index of the gate in `input_slot`; the others follow cyclically
-    carry: bool
-
-
-_LAYOUTS = {
-    "rnn_tanh": _Layout(1, 1, 0, 0, 0, False),
-    "rnn_relu": _Layout(1, 1, 0, 0, 0, False),
-    "lstm": _Layout(4, 4, 0, 0, 0, True),
-    "gru": _Layout(3, 4, 0, 1, 2, True),
-}
-
-
 class _Saved:
     """The buffer that goes from forward to backward: the slots of all rows, then the carry after each step."""
 
     def __init__(self, cell: str, hidden_size: int, rows: int, like: Tensor, flat: Tensor | None = None) -> None:
-        self.layout, self.hidden_size = _LAYOUTS[cell], hidden_size
+        self.layout, self.hidden_size = CELLS[cell], hidden_size
         width = self.layout.slots * hidden_size
         if flat is None:
             flat = like.new_empty(rows * (width + self.layout.carry * hidden_size), dtype=compute_dtype(like.dtype))
@@ -142,9 +123,9 @@ def recurrent_forward(
     padded = batch_sizes is not None and not packed
     new_sequence = x.new_zeros if padded else x.new_empty
     y = new_sequence(*x.shape[:-1], hidden_size) if y is None else y
-    c_all = new_sequence(*x.shape[:-1], hidden_size) if return_c and cell == "lstm" else None
+    c_all = new_sequence(*x.shape[:-1], hidden_size) if return_c and keep.layout.states else None
     h_n = x.new_empty(batch, hidden_size, dtype=state)
-    c_n = torch.empty_like(h_n) if cell == "lstm" else None
+    c_n = torch.empty_like(h_n) if keep.layout.states else None
     library().recurrent_forward(
         cell, x, h_0, c_0, weights, keep.flat, y, h_n=h_n, c_n=c_n, c_all=c_all, read_x=False, batch_sizes=batch_sizes,
         order=order, placed_order=to_device(order, x.device), packed=packed, float_state=float_state,
@@ -174,7 +155,7 @@ def recurrent_step(
     keep = _Saved(cell, hidden_size, batch, x)
     y = x.new_empty(1, batch, hidden_size)
     h_n = x.new_empty(batch, hidden_size, dtype=state) if float_state else None
-    c_n = x.new_empty(batch, hidden_size, dtype=state) if cell == "lstm" else None
+    c_n = x.new_empty(batch, hidden_size, dtype=state) if keep.layout.states else None
     library().recurrent_forward(
         cell, x.unsqueeze(0), h, c, (w_ih, w_hh, b_ih, b_hh), keep.flat, y, h_n=h_n, c_n=c_n, read_x=True,
         float_state=float_state, stream=stream_of(x.device),
@@ -212,7 +193,7 @@ def recurrent_backward(
     rows = _Rows(x, batch_sizes, order, packed)
     keep = _Saved(cell, hidden_size, rows.count, x, saved)
     dh_0 = x.new_empty(batch, hidden_size, dtype=state) if needs_h_0 else None
-    dc_0 = x.new_empty(batch, hidden_size, dtype=state) if needs_c_0 and cell == "lstm" else None
+    dc_0 = x.new_empty(batch, hidden_size, dtype=state) if needs_c_0 and keep.layout.states else None
     dcarry = x.new_empty(batch, hidden_size, dtype=saved.dtype) if keep.layout.carry else None
     hidden = x.new_empty(rows.count, hidden_size) if needs_w_hh else None
     library().recurrent_backward(
