@@ -142,13 +142,21 @@ def test_file_size(path):
 # ---- the objects of the build
 
 
+ISAS = re.findall(r"^ISA\((\w+)", (CSRC / "isas.def").read_text(), re.M)
+CELLS = re.findall(r"^CELL\((\w+)", (CSRC / "cells.def").read_text(), re.M)
+
+
 def kernel_objects():
-    """The ISA and the path of every object that CMake compiled for an ISA, in the newest build."""
+    """The ISA, the cell or "" and the path of every object that CMake compiled for an ISA, in the newest build."""
     builds = sorted(ROOT.glob("build/*/CMakeFiles"), key=lambda path: path.stat().st_mtime)
     if not builds:
         return []
-    found = builds[-1].glob("kernels_*.dir/csrc/cpu/*.o")
-    return [(path.parents[2].name.removeprefix("kernels_").removesuffix(".dir"), path) for path in found]
+    return [
+        (isa, cell, path)
+        for isa in ISAS
+        for cell in ("", *CELLS)
+        for path in builds[-1].glob(f"kernels_{isa}{cell and '_'}{cell}.dir/csrc/cpu/*.o")
+    ]
 
 
 def test_no_weak_symbol_leaves_its_isa():
@@ -159,7 +167,7 @@ def test_no_weak_symbol_leaves_its_isa():
     if not objects:
         pytest.skip("there is no build tree beside the sources")
     weak = {}
-    for isa, path in objects:
+    for isa, _, path in objects:
         listing = subprocess.run(
             ["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True
         ).stdout
@@ -176,8 +184,8 @@ def test_every_isa_is_built_from_the_same_sources():
     if not objects:
         pytest.skip("there is no build tree beside the sources")
     sources = {}
-    for isa, path in objects:
-        sources.setdefault(isa, set()).add(path.name)
+    for isa, cell, path in objects:
+        sources.setdefault(isa, set()).add((cell, path.name))
     assert "baseline" in sources
     assert all(names == sources["baseline"] for names in sources.values())
-    assert "table.cpp.o" in sources["baseline"]
+    assert {("", "table.cpp.o"), *((cell, "recurrent_instance.cpp.o") for cell in CELLS)} <= sources["baseline"]
