@@ -451,9 +451,9 @@ def test_unknown_cells_and_gates_are_named():
         reference.lstm_forward(*sequence_arguments("lstm", inputs), gate_order="iffo")
     with pytest.raises(ValueError, match="Unknown nonlinearity 'gelu'. Select from 'tanh' or 'relu'."):
         reference.rnn_forward(*sequence_arguments("rnn_tanh", course_inputs("rnn_tanh")), nonlinearity="gelu")
-    with pytest.raises(ValueError, match="cell must be one of rnn_tanh, rnn_relu, lstm, gru, got 'rnn'"):
+    with pytest.raises(ValueError, match=r"cell must be one of .*gru.*, got 'rnn'"):
         run("rnn", random_inputs("rnn_tanh", Shape(1, 1, 1, 1)))
-    with pytest.raises(ValueError, match="c_0, dc_n and dc_all are for lstm only, got them for 'gru'"):
+    with pytest.raises(ValueError, match="c_0, dc_n and dc_all are for cells with a state .* for 'gru'"):
         run("gru", random_inputs("gru", Shape(1, 1, 1, 1)) | {"c_0": np.zeros((1, 1))})
 
 

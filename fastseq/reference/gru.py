@@ -10,10 +10,13 @@ inside the reset gate's product. Everything is computed in the dtype of the argu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from .layers import sigmoid
-from .steps import schedule
+from .loop import loop_backward, loop_forward
+from .torch_layout import TorchLayer, join_biases, split_biases
 
 
 def gru_step_forward(
@@ -101,19 +104,9 @@ def gru_forward(
     >>> bool(np.all(h[:, 3] == h[:, 0])), bool(np.all(h_n == h[:, 4]))
     (True, True)
     """
-    N, T, _ = x.shape
     b_hn = np.zeros_like(b[: h0.shape[1]]) if b_hn is None else b_hn
-    steps = schedule(N, T, lengths, reset, reverse)
-    h = np.zeros((N, T, h0.shape[1]), dtype=np.result_type(x, h0, Wx, Wh, b, b_hn))
-    state, caches = h0, []
-    for t, active, cut in steps:
-        state = np.where(cut, 0, state)
-        next_h, cache = gru_step_forward(np.where(active, x[:, t], 0), state, Wx, Wh, b, b_hn)
-        state = np.where(active, next_h, state)
-        h[:, t] = np.where(active, next_h, 0)
-        caches.append(cache)
-    cache = steps, caches, x, h0, Wx, Wh, b, b_hn
-    return (h, state, cache) if return_states else (h, cache)
+    (h,), (h_n,), cache = loop_forward(gru_step_forward, x, [h0], [Wx, Wh, b, b_hn], lengths, reset, reverse)
+    return (h, h_n, cache) if return_states else (h, cache)
 
 
 def gru_backward(dh: np.ndarray, cache: tuple, dh_n: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
@@ -128,15 +121,22 @@ def gru_backward(dh: np.ndarray, cache: tuple, dh_n: np.ndarray | None = None) -
     >>> [d.shape for d in (dx, dh0, dWx, dWh, db, db_hn)]
     [(2, 5, 3), (2, 4), (3, 12), (4, 12), (12,), (4,)]
     """
-    steps, caches, x, h0, Wx, Wh, b, b_hn = cache
-    dx, dWx, dWh, db, db_hn = (np.zeros_like(a) for a in (x, Wx, Wh, b, b_hn))
-    dstate = np.zeros_like(h0) if dh_n is None else dh_n
-    for (t, active, cut), step_cache in zip(reversed(steps), reversed(caches), strict=True):
-        dnext_h = np.where(active, dh[:, t] + dstate, 0)
-        dx[:, t], dprev_h, dWx_t, dWh_t, db_t, db_hn_t = gru_step_backward(dnext_h, step_cache)
-        dstate = np.where(cut, 0, np.where(active, dprev_h, dstate))
-        dWx += dWx_t
-        dWh += dWh_t
-        db += db_t
-        db_hn += db_hn_t
-    return dx, dstate, dWx, dWh, db, db_hn
+    dx, (dh0,), (dWx, dWh, db, db_hn) = loop_backward(gru_step_backward, [dh], [dh_n], cache)
+    return dx, dh0, dWx, dWh, db, db_hn
+
+
+def _forward_from_torch(
+    x: np.ndarray, states: Sequence[np.ndarray], weights: Sequence[np.ndarray], options: dict
+) -> tuple:
+    w_ih, w_hh, b_ih, b_hh = weights
+    b, b_hn = join_biases(b_ih, b_hh, w_hh.shape[1])
+    h, h_n, cache = gru_forward(x, *states, w_ih.T, w_hh.T, b, b_hn, return_states=True, **options)
+    return [h], [h_n], cache
+
+
+def _backward_to_torch(devery: Sequence[np.ndarray], dlast: Sequence[np.ndarray], cache: tuple) -> tuple:
+    dx, dh0, dWx, dWh, db, db_hn = gru_backward(*devery, cache, *dlast)
+    return dx, [dh0], (dWx.T, dWh.T, *split_biases(db, db_hn))
+
+
+TORCH_LAYERS = {"gru": TorchLayer(3, "h", _forward_from_torch, _backward_to_torch)}

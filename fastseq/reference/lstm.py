@@ -9,10 +9,14 @@ as in the course, "ifgo" as in torch. Everything is computed in the dtype of the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import numpy as np
 
 from .layers import sigmoid
-from .steps import schedule
+from .loop import loop_backward, loop_forward
+from .torch_layout import TorchLayer
 
 
 def lstm_step_forward(
@@ -101,20 +105,10 @@ def lstm_forward(
     >>> bool(np.all(h_n == h[:, 0])), bool(np.all(c_n == c[:, 0]))
     (True, True)
     """
-    N, T, _ = x.shape
     c0 = np.zeros_like(h0) if c0 is None else c0
-    steps = schedule(N, T, lengths, reset, reverse)
-    h, c = np.zeros((2, N, T, h0.shape[1]), dtype=np.result_type(x, h0, Wx, Wh, b, c0))
-    state_h, state_c, caches = h0, c0, []
-    for t, active, cut in steps:
-        state_h, state_c = np.where(cut, 0, state_h), np.where(cut, 0, state_c)
-        x_t = np.where(active, x[:, t], 0)
-        next_h, next_c, cache = lstm_step_forward(x_t, state_h, state_c, Wx, Wh, b, gate_order)
-        state_h, state_c = np.where(active, next_h, state_h), np.where(active, next_c, state_c)
-        h[:, t], c[:, t] = np.where(active, next_h, 0), np.where(active, next_c, 0)
-        caches.append(cache)
-    cache = steps, caches, x, h0, Wx, Wh, b
-    return (h, c, state_h, state_c, cache) if return_states else (h, cache)
+    step = partial(lstm_step_forward, gate_order=gate_order)
+    (h, c), (h_n, c_n), cache = loop_forward(step, x, [h0, c0], [Wx, Wh, b], lengths, reset, reverse)
+    return (h, c, h_n, c_n, cache) if return_states else (h, cache)
 
 
 def lstm_backward(
@@ -137,18 +131,25 @@ def lstm_backward(
     >>> [d.shape for d in (dx, dh0, dWx, dWh, db)]
     [(2, 5, 3), (2, 4), (3, 16), (4, 16), (16,)]
     """
-    steps, caches, x, h0, Wx, Wh, b = cache
-    dx, dWx, dWh, db = (np.zeros_like(a) for a in (x, Wx, Wh, b))
-    dc = np.zeros_like(dh) if dc is None else dc
-    dstate_h = np.zeros_like(h0) if dh_n is None else dh_n
-    dstate_c = np.zeros_like(h0) if dc_n is None else dc_n
-    for (t, active, cut), step_cache in zip(reversed(steps), reversed(caches), strict=True):
-        dnext_h = np.where(active, dh[:, t] + dstate_h, 0)
-        dnext_c = np.where(active, dc[:, t] + dstate_c, 0)
-        dx[:, t], dprev_h, dprev_c, dWx_t, dWh_t, db_t = lstm_step_backward(dnext_h, dnext_c, step_cache)
-        dstate_h = np.where(cut, 0, np.where(active, dprev_h, dstate_h))
-        dstate_c = np.where(cut, 0, np.where(active, dprev_c, dstate_c))
-        dWx += dWx_t
-        dWh += dWh_t
-        db += db_t
-    return (dx, dstate_h, dstate_c, dWx, dWh, db) if return_dc0 else (dx, dstate_h, dWx, dWh, db)
+    dx, (dh0, dc0), (dWx, dWh, db) = loop_backward(lstm_step_backward, [dh, dc], [dh_n, dc_n], cache)
+    return (dx, dh0, dc0, dWx, dWh, db) if return_dc0 else (dx, dh0, dWx, dWh, db)
+
+
+def _forward_from_torch(
+    x: np.ndarray, states: Sequence[np.ndarray], weights: Sequence[np.ndarray], options: dict
+) -> tuple:
+    w_ih, w_hh, b_ih, b_hh = weights
+    h0, c0 = states
+    h, c, h_n, c_n, cache = lstm_forward(
+        x, h0, w_ih.T, w_hh.T, b_ih + b_hh, c0, gate_order="ifgo", return_states=True, **options
+    )
+    return [h, c], [h_n, c_n], cache
+
+
+def _backward_to_torch(devery: Sequence[np.ndarray], dlast: Sequence[np.ndarray], cache: tuple) -> tuple:
+    dh, dc = devery
+    dx, dh0, dc0, dWx, dWh, db = lstm_backward(dh, cache, dc, *dlast, return_dc0=True)
+    return dx, [dh0, dc0], (dWx.T, dWh.T, db, db)
+
+
+TORCH_LAYERS = {"lstm": TorchLayer(4, "hc", _forward_from_torch, _backward_to_torch)}

@@ -7,9 +7,13 @@ N rows, T steps, D inputs, H units. Everything is computed in the dtype of the a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import numpy as np
 
-from .steps import schedule
+from .loop import loop_backward, loop_forward
+from .torch_layout import TorchLayer
 
 
 def rnn_step_forward(
@@ -83,18 +87,9 @@ def rnn_forward(
     >>> bool(np.all(h_n[1] == h[1, 1])), bool(np.all(h[1, 2:] == 0))
     (True, True)
     """
-    N, T, _ = x.shape
-    steps = schedule(N, T, lengths, reset, reverse)
-    h = np.zeros((N, T, h0.shape[1]), dtype=np.result_type(x, h0, Wx, Wh, b))
-    state, caches = h0, []
-    for t, active, cut in steps:
-        state = np.where(cut, 0, state)
-        next_h, cache = rnn_step_forward(np.where(active, x[:, t], 0), state, Wx, Wh, b, nonlinearity)
-        state = np.where(active, next_h, state)
-        h[:, t] = np.where(active, next_h, 0)
-        caches.append(cache)
-    cache = steps, caches, x, h0, Wx, Wh, b
-    return (h, state, cache) if return_states else (h, cache)
+    step = partial(rnn_step_forward, nonlinearity=nonlinearity)
+    (h,), (h_n,), cache = loop_forward(step, x, [h0], [Wx, Wh, b], lengths, reset, reverse)
+    return (h, h_n, cache) if return_states else (h, cache)
 
 
 def rnn_backward(dh: np.ndarray, cache: tuple, dh_n: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
@@ -109,14 +104,24 @@ def rnn_backward(dh: np.ndarray, cache: tuple, dh_n: np.ndarray | None = None) -
     >>> [d.shape for d in (dx, dh0, dWx, dWh, db)]
     [(2, 5, 3), (2, 4), (3, 4), (4, 4), (4,)]
     """
-    steps, caches, x, h0, Wx, Wh, b = cache
-    dx, dWx, dWh, db = (np.zeros_like(a) for a in (x, Wx, Wh, b))
-    dstate = np.zeros_like(h0) if dh_n is None else dh_n
-    for (t, active, cut), step_cache in zip(reversed(steps), reversed(caches), strict=True):
-        dnext_h = np.where(active, dh[:, t] + dstate, 0)
-        dx[:, t], dprev_h, dWx_t, dWh_t, db_t = rnn_step_backward(dnext_h, step_cache)
-        dstate = np.where(cut, 0, np.where(active, dprev_h, dstate))
-        dWx += dWx_t
-        dWh += dWh_t
-        db += db_t
-    return dx, dstate, dWx, dWh, db
+    dx, (dh0,), (dWx, dWh, db) = loop_backward(rnn_step_backward, [dh], [dh_n], cache)
+    return dx, dh0, dWx, dWh, db
+
+
+def _forward_from_torch(
+    nonlinearity: str, x: np.ndarray, states: Sequence[np.ndarray], weights: Sequence[np.ndarray], options: dict
+) -> tuple:
+    w_ih, w_hh, b_ih, b_hh = weights
+    h, h_n, cache = rnn_forward(x, *states, w_ih.T, w_hh.T, b_ih + b_hh, nonlinearity, return_states=True, **options)
+    return [h], [h_n], cache
+
+
+def _backward_to_torch(devery: Sequence[np.ndarray], dlast: Sequence[np.ndarray], cache: tuple) -> tuple:
+    dx, dh0, dWx, dWh, db = rnn_backward(*devery, cache, *dlast)
+    return dx, [dh0], (dWx.T, dWh.T, db, db)
+
+
+TORCH_LAYERS = {
+    f"rnn_{name}": TorchLayer(1, "h", partial(_forward_from_torch, name), _backward_to_torch)
+    for name in ("tanh", "relu")
+}

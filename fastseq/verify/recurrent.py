@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastseq.reference.torch_layout import GATES, recurrent_forward_backward
+from fastseq.reference.torch_layout import recurrent_forward_backward, torch_layers
 from fastseq.verify.comparison import Family
 from fastseq.verify.tensors import array, poisoned_memory
 
+GATES = {name: layer.gates for name, layer in torch_layers().items()}
 CELLS = tuple(GATES)
 # B rows, I inputs, H units; the gates are parts of H units each.
 AXES = {
