@@ -17,26 +17,23 @@ from fastseq.nn.packed_weights import PackedWeights, PacksWeights
 from fastseq.ops import checks, composite, support
 from fastseq.ops.autograd import needs_grad
 from fastseq.ops.cell import Cell, Direction, Layer
-from fastseq.ops.kernel_calls import contiguous, unit_stride
-from fastseq.ops.lengths import Rows, packed_rows, padded_rows
+from fastseq.ops.kernel_calls import all_contiguous, unit_stride
+from fastseq.ops.lengths import packed_rows, padded_rows
 from fastseq.ops.recurrent import run_layer, run_step
 from fastseq.ops.support import Route
 
 States = tuple[Tensor | None, Tensor | None]  # h and c; c is None but for LSTM
+_REVERSE = {False: (False,), True: (False, True)}  # by `bidirectional`: the directions of a layer
 
 
 class _Run(NamedTuple):
-    """One call, as its layers see it."""
+    """Who computes the layers of a call, on what."""
 
     weights: list[Direction]  # per layer and direction
     route: Route
     backend: ModuleType | None
     keeps_panels: bool = False  # the backend packs weights, those of the CPU alone, and nothing records
     return_states: bool = False
-    float_state: bool = False
-    batch_first: bool = False
-    rows: Rows | None = None
-    reset: Tensor | None = None
 
 
 class SequenceModule(PacksWeights):
@@ -65,8 +62,8 @@ class SequenceModule(PacksWeights):
             checks.check_not_packed(lengths=lengths, reset=reset)
             data, batch = input.data, checks.check_packed(input)
         beyond_torch = lengths is not None or reset is not None or return_states
-        weights, states = self._weights(), self._states(hx)
-        misfit = self._misfit(data, batch, states, weights)
+        cell, weights, states = self._cell, self._weights(), self._states(hx)
+        misfit = self._misfit(cell, data, batch, states, weights)
         if misfit is None:
             tensors = [data, *states]
             for direction in weights:
@@ -90,40 +87,48 @@ class SequenceModule(PacksWeights):
         keeps_panels = route is Route.KERNELS and hasattr(backend, "pack") and not needs_grad(*tensors)
         run = _Run(weights, route, backend, keeps_panels, return_states)
         if packed:
-            return self._forward_packed(input, states, run._replace(rows=packed_rows(input.batch_sizes)))
-        return self._forward_padded(data, states, lengths, reset, run)
+            return self._forward_packed(cell, input, states, run)
+        return self._forward_padded(cell, data, states, lengths, reset, run)
 
     def _forward_padded(
-        self, data: Tensor, states: States, lengths: Tensor | Sequence[int] | None, reset: Tensor | None, run: _Run
+        self,
+        cell: Cell,
+        data: Tensor,
+        states: States,
+        lengths: Tensor | Sequence[int] | None,
+        reset: Tensor | None,
+        run: _Run,
     ) -> tuple:
         unbatched = data.dim() == 2
+        batch_first = self.batch_first and not unbatched
         if reset is not None:
             checks.check_reset(reset, tuple(data.shape[:-1]), data.device)
-        if not unbatched and not self.batch_first:
-            if lengths is not None or reset is not None:
-                rows = None if lengths is None else padded_rows(lengths, data.shape[0], data.shape[1], data.device)
-                run = run._replace(rows=rows, reset=reset)
-            y, states, all_states = self._layers(data, states, run)
-            return (y, self._hx(states), self._hx(all_states)) if run.return_states else (y, self._hx(states))
-
         # The other layouts, by views.
-        x = data.unsqueeze(1) if unbatched else data.transpose(0, 1)
-        if reset is not None:
-            reset = reset.unsqueeze(1) if unbatched else reset.transpose(0, 1)
+        x = data
         if unbatched:
+            x, reset = data.unsqueeze(1), None if reset is None else reset.unsqueeze(1)
             states = tuple(None if s is None else s.unsqueeze(1) for s in states)
+        elif batch_first:
+            x, reset = data.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
         rows = None if lengths is None else padded_rows(lengths, x.shape[0], x.shape[1], x.device)
-        y, states, all_states = self._layers(x, states, run._replace(rows=rows, reset=reset, batch_first=not unbatched))
+        call = Layer(
+            cell, _REVERSE[self.bidirectional], rows, reset, run.return_states and cell.has_c, False, batch_first
+        )
+        y, states, all_states = self._layers(call, x, states, run)
         if unbatched:
             y = y.squeeze(1)
             states = tuple(None if s is None else s.squeeze(1) for s in states)
-            all_states = tuple(None if s is None else s.squeeze(2) for s in all_states)
-        else:
+        elif batch_first:
             y = y.transpose(0, 1)
+        if not run.return_states:
+            return y, self._hx(states)
+        if unbatched:
+            all_states = tuple(None if s is None else s.squeeze(2) for s in all_states)
+        elif batch_first:
             all_states = tuple(None if s is None else s.movedim(2, 0) for s in all_states)
-        return (y, self._hx(states), self._hx(all_states)) if run.return_states else (y, self._hx(states))
+        return y, self._hx(states), self._hx(all_states)
 
-    def _forward_packed(self, input: PackedSequence, states: States, run: _Run) -> tuple:
+    def _forward_packed(self, cell: Cell, input: PackedSequence, states: States, run: _Run) -> tuple:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if sorted_indices is not None:
             states = tuple(None if s is None else s.index_select(1, sorted_indices) for s in states)
@@ -135,46 +140,40 @@ class SequenceModule(PacksWeights):
             sequence, _ = pad_packed_sequence(sequence, batch_first=self.batch_first)
             return sequence if self.batch_first else sequence.transpose(1, 2)
 
-        y, states, all_states = self._layers(data, states, run)
+        call = Layer(
+            cell, _REVERSE[self.bidirectional], packed_rows(batch_sizes), None, run.return_states and cell.has_c
+        )
+        y, states, all_states = self._layers(call, data, states, run)
         if unsorted_indices is not None:
             states = tuple(None if s is None else s.index_select(1, unsorted_indices) for s in states)
         result = (PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), self._hx(states))
         return (*result, self._hx(tuple(map(padded, all_states)))) if run.return_states else result
 
-    def _layers(self, x: Tensor, states: States, run: _Run) -> tuple[Tensor, States, States]:
+    def _layers(self, call: Layer, x: Tensor, states: States, run: _Run) -> tuple[Tensor, States, States]:
         """The output, the last states (L*D, B, H) and, if asked for, all states: (T, L*D, B, H), packed (R, L*D, H)."""
-        cell, layers = self._cell, self.num_layers
-        reverse = (False, True) if self.bidirectional else (False,)
-        directions = len(reverse)
-        want_c = run.return_states and cell.has_c
+        cell, layers, directions = call.cell, self.num_layers, len(call.reverse)
+        inner = call._replace(batch_first=False) if call.batch_first and layers > 1 else call
+        (h_0, c_0), weights, panels = states, run.weights, None
+        keep = pack = None
+        if run.keeps_panels:
+            keep, pack = self._packed_weights(), partial(run.backend.pack, cell.name)
         last_h, last_c, all_h, all_c = [], [], [], []
-        h_0, c_0 = states
-        pack = partial(run.backend.pack, cell.name) if run.keeps_panels else None
         for layer in range(layers):
-            begin, end = layer * directions, (layer + 1) * directions
-            weights = run.weights[begin:end]
-            panels = None
-            if run.keeps_panels:
-                panels = self._packed_weights().panels(run.backend, begin, weights, pack)
-            call = Layer(
-                cell,
-                reverse,
-                run.rows,
-                run.reset,
-                want_c,
-                run.float_state,
-                run.batch_first and layer == layers - 1,
-                panels,
-            )
             if layers > 1:
-                h_0, c_0 = (None if s is None else s[begin:end] for s in states)
-            x, h_n, c_n, c_all = run_layer(call, x, h_0, c_0, weights, run.route, run.backend)
+                places = slice(layer * directions, (layer + 1) * directions)
+                weights = run.weights[places]
+                h_0 = None if states[0] is None else states[0][places]
+                c_0 = None if states[1] is None else states[1][places]
+            if keep is not None:
+                panels = keep.panels(run.backend, layer * directions, weights, pack)
+            how = call if layer == layers - 1 else inner
+            x, h_n, c_n, c_all = run_layer(how, x, h_0, c_0, weights, run.route, run.backend, panels)
             last_h.append(h_n)
             last_c.append(c_n)
             if run.return_states:
                 all_h.append(_by_direction(x, directions))
                 all_c.append(_by_direction(c_all, directions))
-            if layer < layers - 1 and self.dropout:
+            if self.dropout and layer < layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
         if layers > 1:
             h_n = torch.cat(last_h)
@@ -219,7 +218,7 @@ class SequenceModule(PacksWeights):
         if states is None:
             raise RuntimeError(f"step: state must be what {name} returns as h_n, got {type(state).__name__}")
         x = x_t.unsqueeze(0).unsqueeze(0) if unbatched else x_t.unsqueeze(0)
-        if misfit := self._weights_misfit(weights):
+        if misfit := self._weights_misfit(self._cell, weights):
             raise RuntimeError(f"step: {misfit}")
         self.check_input(x, None)
         sizes = self._state_sizes(x.shape[1])
@@ -240,8 +239,8 @@ class SequenceModule(PacksWeights):
         if route is Route.KERNELS and not needs_grad(x, *tensors, *states):
             y, states = self._step_layers(x[0], states, weights, float_state, backend)
         else:
-            run = _Run(weights, route, backend, float_state=float_state)
-            y, states, _ = self._layers(x, states, run)
+            call = Layer(self._cell, float_state=float_state)
+            y, states, _ = self._layers(call, x, states, _Run(weights, route, backend))
             y = y.squeeze(0)
         if unbatched:
             return y.squeeze(0), self._hx(tuple(None if s is None else s.squeeze(1) for s in states))
@@ -257,7 +256,7 @@ class SequenceModule(PacksWeights):
         for layer, direction in enumerate(weights):
             h, c = (None if s is None else unit_stride(s[layer]) for s in states)
             panels = keep.panels(backend, layer, [direction], pack)[0] if pack else None
-            w_ih, w_hh, b_ih, b_hh = map(contiguous, direction)
+            w_ih, w_hh, b_ih, b_hh = all_contiguous(direction)
             x, h, c, _ = backend.recurrent_step(
                 cell.name, unit_stride(x), h, c, w_ih, w_hh, b_ih, b_hh, threads, False, panels, float_state
             )
@@ -274,18 +273,27 @@ class SequenceModule(PacksWeights):
 
         By name, as `_flat_weights` may be stale here: functional_call and old weight_norm swap weights unseen.
         """
-        named = self._parameters
+        named, bias = self._parameters, self.bias
         weights = []
         for place, names in enumerate(self._all_weights):
-            direction = [named[name] if name in named else getattr(self, name, None) for name in names]
-            if any(w is None for w in direction):  # of a deleted one torch keeps the last
-                direction = self._flat_weights[place * len(names) : (place + 1) * len(names)]
-                if any(w is None for w in direction):
-                    return None
-            if not self.bias:
+            direction = list(map(named.get, names))
+            for weight in direction:
+                if weight is None:
+                    direction = self._computed_weights(place, names)
+                    break
+            if direction is None:
+                return None
+            if not bias:
                 direction[2:2] = (None, None)
             weights.append(tuple(direction))
         return weights
+
+    def _computed_weights(self, place: int, names: list[str]) -> list[Tensor] | None:
+        """Those of a direction that are not all parameters: parametrized, pruned, deleted."""
+        direction = [getattr(self, name, None) for name in names]
+        if any(w is None for w in direction):  # of a deleted one torch keeps the last
+            direction = self._flat_weights[place * len(names) : (place + 1) * len(names)]
+        return None if any(w is None for w in direction) else direction
 
     def _states(self, hx: Any) -> States | None:
         """(h_0, c_0) out of hx, None where hx has another form."""
@@ -304,17 +312,16 @@ class SequenceModule(PacksWeights):
         return data.shape[1 if self.batch_first and data.dim() == 3 else 0]
 
     def _misfit(
-        self, data: object, batch: int | None, states: States | None, weights: list[Direction] | None
+        self, cell: Cell, data: object, batch: int | None, states: States | None, weights: list[Direction] | None
     ) -> str | None:
         """The first that is not as it should be, dtypes and devices apart; None where all is.
 
         Torch's ops do not look: oneDNN's LSTM reads and writes as far as the sizes of the input say.
         """
-        name = self._cell.mode
         if not isinstance(data, Tensor):
             return f"input must be a Tensor or a PackedSequence, got {type(data).__name__}"
         if states is None:
-            return f"{name.lower()} expects {self._expected_hx} for hx"
+            return f"{cell.mode.lower()} expects {self._expected_hx} for hx"
         rank, unbatched = data.dim(), False
         if batch is not None:
             if rank != 2:
@@ -324,7 +331,7 @@ class SequenceModule(PacksWeights):
         elif rank == 2:
             unbatched, batch = True, 1
         else:
-            return f"{name}: Expected input to be 2D or 3D, got {rank}D instead"
+            return f"{cell.mode}: Expected input to be 2D or 3D, got {rank}D instead"
         if data.shape[-1] != self.input_size:
             return f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {data.shape[-1]}"
         if states[0] is not None:
@@ -333,13 +340,13 @@ class SequenceModule(PacksWeights):
                 sizes = tuple((size[0], size[2]) for size in sizes)
             if misfit := checks.states_misfit(states, sizes):
                 return misfit
-        return self._weights_misfit(weights)
+        return self._weights_misfit(cell, weights)
 
-    def _weights_misfit(self, weights: list[Direction] | None) -> str | None:
+    def _weights_misfit(self, cell: Cell, weights: list[Direction] | None) -> str | None:
         if weights is None:
             missing = [n for names in self._all_weights for n in names if getattr(self, n, None) is None]
-            return f"{', '.join(missing)} of the {self._cell.mode} must be a Tensor, got None"
-        gates, hidden = self._cell.gates * self.hidden_size, self.proj_size or self.hidden_size
+            return f"{', '.join(missing)} of the {cell.mode} must be a Tensor, got None"
+        gates, hidden = cell.gates * self.hidden_size, self.proj_size or self.hidden_size
         directions, inputs = 2 if self.bidirectional else 1, self.input_size
         square, bias, projection = (gates, hidden), (gates,), (self.proj_size, self.hidden_size)
         for place, (w_ih, w_hh, b_ih, b_hh, *w_hr) in enumerate(weights):

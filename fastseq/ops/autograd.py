@@ -11,7 +11,11 @@ from torch import Tensor
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """True where autograd must record a call on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # a generator is a call for each
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def c_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:

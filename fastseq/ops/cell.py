@@ -36,7 +36,6 @@ class Layer(NamedTuple):
     want_c: bool = False  # every cell state, not only the last
     float_state: bool = False  # bfloat16 only: states in float32
     batch_first: bool = False  # memory order of the output only; its shape stays (T, B, N)
-    panels: tuple[Any, ...] | None = None  # packed weights per direction, inference only
 
     @property
     def plain(self) -> bool:

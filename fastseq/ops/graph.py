@@ -71,7 +71,7 @@ def recurrent_layer(
     if call.rows is not None and not call.rows.longest:
         results = composite.layer(call, x, h_0, c_0, _directions(weights))
     else:
-        results, _ = kernel_calls.forward(call, backend, x, h_0, c_0, weights, save=False)
+        results, _ = kernel_calls.forward(call, backend, x, h_0, c_0, weights)
     y, h_n, c_n, c_all = (x.new_empty(0) if r is None else r.contiguous() for r in results)
     return y, h_n, c_n, c_all
 

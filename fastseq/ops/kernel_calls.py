@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,29 +21,30 @@ def forward(
     h_0: Tensor | None,
     c_0: Tensor | None,
     weights: Sequence[Tensor | None],
-    save: bool,
+    panels: Sequence[Any] | None = None,
+    save: bool = False,
 ) -> tuple[Results, tuple[Tensor, ...]]:
     """The results of a layer and, with `save`, what the backward needs, per direction."""
-    cell, reverse, rows, reset, want_c, float_state, _, panels = call
-    directions = len(reverse)
+    cell, reverse, rows, reset, want_c, float_state, batch_first = call
+    directions, steps = len(reverse), x.shape[0]
+    batch_sizes, order, packed = (None, None, False) if rows is None else (rows.batch_sizes, rows.order, rows.packed)
+    padded = rows is not None and not packed
     # The backend makes a plain y itself. None is a view: autograd forbids changes of a view that a Function made.
-    alone = directions == 1 and not call.batch_first and not _padded(rows)
-    y = out = None if alone else _output(call, x, directions * weights[1].shape[1])
-    batch_sizes = order = None
-    packed = False
-    if rows is not None:
-        batch_sizes, order, packed = rows.batch_sizes, rows.order, rows.packed
+    y = out = None
+    if directions > 1 or batch_first or padded:
+        y = out = _output(call, x, directions * weights[1].shape[1])
+    if padded:
         x, reset, out = _trim(rows, x), _trim(rows, reset), _trim(rows, out)
-    x = unit_stride(x)
+    x, h_0, c_0 = unit_strides(x, h_0, c_0)
+    weights = all_contiguous(weights)
     h_n, c_n, c_all, saved = [], [], [], []
     for d in range(directions):
-        w_ih, w_hh, b_ih, b_hh = weights[4 * d : 4 * d + 4]
-        y_d, *states, c_steps, kept = backend.recurrent_forward(
+        y_d, h, c, c_steps, kept = backend.recurrent_forward(
             cell.name,
             x,
-            None if h_0 is None else unit_stride(h_0[d]),
-            None if c_0 is None else unit_stride(c_0[d]),
-            (contiguous(w_ih), contiguous(w_hh), contiguous(b_ih), contiguous(b_hh)),
+            None if h_0 is None else h_0[d],
+            None if c_0 is None else c_0[d],
+            weights[4 * d : 4 * d + 4],
             panels=None if panels is None else panels[d],
             batch_sizes=batch_sizes,
             order=order,
@@ -50,22 +52,17 @@ def forward(
             reverse=reverse[d],
             reset=reset,
             save=save,
-            y=_part(out, d, directions),
+            y=out if directions == 1 else _part(out, d, directions),
             return_c=want_c,
             float_state=float_state,
         )
-        h_n.append(states[0])
-        c_n.append(states[1])
+        h_n.append(h)
+        c_n.append(c)
         c_all.append(c_steps)
         saved.append(kept)
-    y = y_d if alone else y
-    results = Results(
-        y,
-        _join(h_n),
-        _join(c_n) if cell.has_c else None,
-        _extend(torch.cat(c_all, -1) if directions > 1 else c_all[0], y.shape[0]) if want_c else None,
-    )
-    return results, tuple(saved) if save else ()
+    h_n, c_n = _join(h_n), _join(c_n) if cell.has_c else None
+    c_all = _extend(torch.cat(c_all, -1) if directions > 1 else c_steps, steps) if want_c else None
+    return Results(y_d if y is None else y, h_n, c_n, c_all), tuple(saved) if save else ()
 
 
 def backward(
@@ -82,37 +79,44 @@ def backward(
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """Gradients of x, h_0, c_0 and every weight. Both directions add to one dx."""
-    rows = call.rows
-    directions = len(call.reverse)
-    dy, dh_n, dc_n, dc_all = map(unit_stride, grads)
-    x, reset, steps = _trim(rows, unit_stride(x)), _trim(rows, call.reset), x.shape[0]
-    y, dy, dc_all = _trim(rows, y), _trim(rows, dy), _trim(rows, dc_all)
-    dx = None
-    if needs[0] and (directions > 1 or _padded(rows)):
-        dx = x.new_zeros(steps, *x.shape[1:]) if _padded(rows) else x.new_empty(x.shape)
+    cell, reverse, rows, reset, _, float_state, _ = call
+    directions = len(reverse)
+    batch_sizes, order, packed = (None, None, False) if rows is None else (rows.batch_sizes, rows.order, rows.packed)
+    padded = rows is not None and not packed
+    x, h_0, c_0, dy, dh_n, dc_n, dc_all = unit_strides(x, h_0, c_0, *grads)
+    weights = all_contiguous(weights)
+    dx = dx_trimmed = None
+    if needs[0] and (directions > 1 or padded):
+        dx = dx_trimmed = x.new_zeros(x.shape) if padded else x.new_empty(x.shape)
+    if padded:
+        x, reset, y, dy = _trim(rows, x), _trim(rows, reset), _trim(rows, y), _trim(rows, dy)
+        dc_all, dx_trimmed = _trim(rows, dc_all), _trim(rows, dx)
     dh_0, dc_0, dweights = [], [], []
-    for d, reverse in enumerate(call.reverse):
+    y_d, dy_d, dc_all_d = y, dy, dc_all
+    for d in range(directions):
+        if directions > 1:
+            y_d, dy_d, dc_all_d = (_part(sequence, d, directions) for sequence in (y, dy, dc_all))
         dx_part, dh, dc, *dw = backend.recurrent_backward(
-            call.cell.name,
+            cell.name,
             x,
-            None if h_0 is None else unit_stride(h_0[d]),
-            None if c_0 is None else unit_stride(c_0[d]),
-            tuple(map(contiguous, weights[4 * d : 4 * d + 4])),
-            _part(y, d, directions),
+            None if h_0 is None else h_0[d],
+            None if c_0 is None else c_0[d],
+            weights[4 * d : 4 * d + 4],
+            y_d,
             saved[d],
             isa,
-            dy=_part(dy, d, directions),
+            dy=dy_d,
             dh_n=None if dh_n is None else dh_n[d],
             dc_n=None if dc_n is None else dc_n[d],
-            dc_all=_part(dc_all, d, directions),
+            dc_all=dc_all_d,
             needs=(*needs[:3], *needs[3 + 4 * d : 7 + 4 * d]),
-            batch_sizes=None if rows is None else rows.batch_sizes,
-            order=None if rows is None else rows.order,
-            packed=rows is not None and rows.packed,
-            reverse=reverse,
+            batch_sizes=batch_sizes,
+            order=order,
+            packed=packed,
+            reverse=reverse[d],
             reset=reset,
-            float_state=call.float_state,
-            dx=_trim(rows, dx),
+            float_state=float_state,
+            dx=dx_trimmed,
             accumulate_dx=d > 0,
         )
         dx = dx_part if dx is None else dx
@@ -131,27 +135,21 @@ def _output(call: Layer, x: Tensor, width: int) -> Tensor:
     shape = (*x.shape[:-1], width)
     strides = (width, x.shape[0] * width, 1) if call.batch_first else None
     y = x.new_empty(shape) if strides is None else x.new_empty_strided(shape, strides)
-    return y.zero_() if _padded(call.rows) else y
+    return y if call.rows is None or call.rows.packed else y.zero_()
 
 
-def _padded(rows: Rows | None) -> bool:
-    return rows is not None and not rows.packed
-
-
-def _trim(rows: Rows | None, sequence: Tensor | None) -> Tensor | None:
-    """The steps that any row reaches."""
-    return sequence[: rows.longest] if _padded(rows) and sequence is not None else sequence
+def _trim(rows: Rows, sequence: Tensor | None) -> Tensor | None:
+    """The steps that any row reaches, of a padded sequence."""
+    return None if sequence is None else sequence[: rows.longest]
 
 
 def _part(sequence: Tensor | None, d: int, directions: int) -> Tensor | None:
     """The share of direction d in a (T, B, D*H) sequence."""
-    if sequence is None or directions == 1:
-        return sequence
-    return sequence.unflatten(-1, (directions, -1)).select(-2, d)
+    return None if sequence is None else sequence.unflatten(-1, (directions, -1)).select(-2, d)
 
 
-def _join(states: Sequence[Tensor]) -> Tensor:
-    return states[0].unsqueeze_(0) if len(states) == 1 else torch.stack(tuple(states))
+def _join(states: list[Tensor]) -> Tensor:
+    return states[0].unsqueeze_(0) if len(states) == 1 else torch.stack(states)
 
 
 def _extend(sequence: Tensor, steps: int) -> Tensor:
@@ -166,6 +164,22 @@ def unit_stride(tensor: Tensor | None) -> Tensor | None:
     return tensor.clone(memory_format=torch.contiguous_format)  # contiguous() keeps the strides of axes of size 1
 
 
+def unit_strides(*tensors: Tensor | None) -> list[Tensor | None]:
+    """`unit_stride` of each, in one call."""
+    found = []
+    for t in tensors:
+        found.append(t if t is None or t.stride(-1) == 1 else unit_stride(t))
+    return found
+
+
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     """The tensor itself where it is contiguous, else a copy."""
     return tensor if tensor is None else tensor.contiguous()
+
+
+def all_contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """`contiguous` of each, in one call."""
+    found = []
+    for t in tensors:
+        found.append(t if t is None else t.contiguous())
+    return found

@@ -18,7 +18,7 @@ from fastseq.ops import checks, composite, graph, kernel_calls, support
 from fastseq.ops.autograd import c_apply, composite_backward, needs_grad
 from fastseq.ops.cell import Cell, Direction, Layer, Results, Weights
 from fastseq.ops.kernel_calls import unit_stride
-from fastseq.ops.lengths import padded_rows
+from fastseq.ops.lengths import Rows, padded_rows
 from fastseq.ops.support import Route
 
 
@@ -30,6 +30,7 @@ def run_layer(
     weights: Weights,
     route: Route,
     backend: ModuleType | None,
+    panels: Sequence[Any] | None = None,
 ) -> Results:
     """One layer on checked tensors.
 
@@ -38,13 +39,14 @@ def run_layer(
         h_0, c_0: (D, B, H) or None for zeros.
         weights: per direction.
         route, backend: what `support.route` answered for these tensors.
+        panels: packed weights per direction; only where nothing needs a gradient.
     """
-    if route is Route.KERNELS and _kernels_read(call):
-        flat = [w for direction in weights for w in direction]
+    if route is Route.KERNELS and _kernels_read(call.rows, call.reset):
+        flat = sum(weights, ())
         try:
-            if needs_grad(x, h_0, c_0, *flat):
+            if panels is None and needs_grad(x, h_0, c_0, *flat):
                 return Results(*_apply_layer(call, backend, x, h_0, c_0, *flat))
-            return kernel_calls.forward(call, backend, x, h_0, c_0, flat, save=False)[0]
+            return kernel_calls.forward(call, backend, x, h_0, c_0, flat, panels)[0]
         except Refused:
             pass
     if route is Route.GRAPH:
@@ -52,9 +54,8 @@ def run_layer(
     return composite.layer(call, x, h_0, c_0, weights)
 
 
-def _kernels_read(call: Layer) -> bool:
+def _kernels_read(rows: Rows | None, reset: Tensor | None) -> bool:
     # What route() does not see. Lengths that only torch can read, such as those of a subclass, have no batch sizes.
-    rows, reset = call.rows, call.reset
     return (rows is None or (rows.batch_sizes is not None and rows.longest > 0)) and (
         reset is None or support.plain(reset, torch.bool, reset.is_cuda)
     )

@@ -6,7 +6,7 @@ same table as code. Nothing is tuned or measured at run time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from types import ModuleType
 from typing import NamedTuple
@@ -123,14 +123,22 @@ def plain(tensor: Tensor, dtype: torch.dtype, cuda: bool = False) -> bool:
     """True where a kernel may read the memory of `tensor`: strided CPU memory of this dtype, no lazy neg bit. `cuda`:
     memory of a GPU instead.
     """
-    return (
-        type(tensor) in PLAIN_TYPES
-        and tensor.dtype is dtype
-        and (tensor.is_cuda if cuda else tensor.is_cpu)
-        and tensor.layout is torch.strided
-        and not tensor.is_nested
-        and not tensor.is_neg()
-    )
+    return all_plain((tensor,), dtype, cuda)
+
+
+def all_plain(tensors: Iterable[Tensor | None], dtype: torch.dtype, cuda: bool = False) -> bool:
+    """`plain` of every tensor: in one call, as a call costs as much as what it asks of a tensor."""
+    for tensor in tensors:
+        if tensor is not None and not (
+            type(tensor) in PLAIN_TYPES
+            and tensor.dtype is dtype
+            and (tensor.is_cuda if cuda else tensor.is_cpu)
+            and tensor.layout is torch.strided
+            and not tensor.is_nested
+            and not tensor.is_neg()
+        ):
+            return False
+    return True
 
 
 def composes(tensors: Iterable[Tensor | None]) -> bool:
@@ -180,7 +188,7 @@ kernels_selected._dynamo_marked_constant = True  # what torch._dynamo.assume_con
 
 
 def route(
-    tensors: Iterable[Tensor | None], states: Iterable[Tensor | None] = (), *, cuda: bool = False
+    tensors: Sequence[Tensor | None], states: Sequence[Tensor | None] = (), *, cuda: bool = False
 ) -> tuple[Route, ModuleType | None]:
     """Who computes a call on these tensors, and with which backend.
 
@@ -191,22 +199,16 @@ def route(
     """
     if observed():
         return _observed_route([t for t in (*tensors, *states) if t is not None], cuda), None
-    dtype = None
-    for tensor in tensors:
-        if tensor is not None:
-            if dtype is None:
-                dtype, first = tensor.dtype, tensor
-                cuda = cuda and tensor.is_cuda
-                if dtype not in (CUDA_DTYPES if cuda else DTYPES):
-                    return Route.TORCH, None
-            if not plain(tensor, dtype, cuda) or (cuda and tensor.device != first.device):
-                return Route.TORCH, None
+    first = tensors[0]
+    dtype, cuda = first.dtype, cuda and first.is_cuda
+    if dtype not in (CUDA_DTYPES if cuda else DTYPES) or not all_plain(tensors, dtype, cuda):
+        return Route.TORCH, None
     for state in states:
-        wide = dtype is torch.bfloat16 and state is not None and plain(state, torch.float32, cuda)
-        if state is not None and not wide and not plain(state, dtype, cuda):
+        wide = dtype is torch.bfloat16 and state is not None and state.dtype is torch.float32
+        if state is not None and not plain(state, torch.float32 if wide else dtype, cuda):
             return Route.TORCH, None
-        if state is not None and cuda and state.device != first.device:
-            return Route.TORCH, None
+    if cuda and any(t is not None and t.device != first.device for t in (*tensors, *states)):
+        return Route.TORCH, None
     backend = backends.select_cuda() if cuda else backends.select()
     return (Route.TORCH if backend is None else Route.KERNELS), backend
 
