@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from fastseq import compat
 from fastseq import nn as fastseq_nn
+from fastseq.nn.drop_in import restore
 from fastseq.nn.packed_weights import PacksWeights
 
 __all__ = ["FuseReport", "Row", "freeze", "fuse", "fuse_report", "unfreeze", "unfuse"]
@@ -31,6 +32,7 @@ _BOTH = {
 _COMPAT = {nn.RNN: compat.RNN, nn.LSTM: compat.LSTM, nn.GRU: compat.GRU, **_BOTH}
 _COMPILABLE = {nn.RNN: fastseq_nn.RNN, nn.LSTM: fastseq_nn.LSTM, nn.GRU: fastseq_nn.GRU, **_BOTH}
 _BASES = (nn.RNNBase, nn.RNNCellBase, *_BOTH)
+_FORWARDS = {torchs: torchs.forward for torchs in _COMPAT}  # to see where others have put theirs
 _TORCH = {ours: torchs for table in (_COMPAT, _COMPILABLE) for torchs, ours in table.items()}
 
 
@@ -89,8 +91,8 @@ def fuse(model: Model, *, compilable: bool = False) -> Model:
     `fuse_report(model)` tells what was swapped, what not, and why. Models that call
     `torch.nn.functional.scaled_dot_product_attention` themselves run inside `fastseq.sdpa_kernels()`.
 
-    Before `torch.jit.script`, and before a whole model is pickled for a machine without fastseq, call `unfuse`. A
-    state_dict needs no such care.
+    torch.fx and torch.jit take a fused model as they take torch's; what torch.jit makes of it runs torch's ops. Before
+    a whole model is pickled for a machine without fastseq, call `unfuse`. A state_dict needs no such care.
 
     Args:
         model: any module; may itself be such a layer.
@@ -114,9 +116,10 @@ def fuse(model: Model, *, compilable: bool = False) -> Model:
     targets = _COMPILABLE if compilable else _COMPAT
     rows = []
     for name, module in model.named_modules():
+        restore(module)
         plain = _unparametrized(type(module))
         source = _TORCH.get(plain, plain)
-        if source in targets and "forward" not in vars(module):
+        if source in targets and "forward" not in vars(module) and source.forward is _FORWARDS[source]:
             before = _label(type(module))
             # A fastseq.LSTM that the model was built with stays one; compilable=True also lifts fastseq.compat.LSTM.
             if plain is source or compilable:
@@ -145,6 +148,7 @@ def unfuse(model: Model) -> Model:
     """
     _check_model("unfuse", model)
     for module in model.modules():
+        restore(module)
         target = _TORCH.get(_unparametrized(type(module)))
         if target is not None:
             _set_class(module, target)
@@ -251,6 +255,8 @@ def _why_left(module: nn.Module) -> str:
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     cls = _unparametrized(type(module))
+    if cls in _FORWARDS and cls.forward is not _FORWARDS[cls]:
+        return f"the forward of {_label(cls)} was replaced"
     known = (*_TORCH, *_COMPAT, *_BASES)
     base = next(base for base in cls.__mro__ if base in known)
     if cls.forward is not base.forward:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastseq.nn.drop_in import DropIn
 from fastseq.nn.packed_weights import PacksWeights
 from fastseq.ops import linear, support
 from fastseq.ops.attention import scaled_dot_product_attention
@@ -80,7 +81,7 @@ class Call(NamedTuple):
     bias_v: Tensor | None
 
 
-class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
+class MultiheadAttention(DropIn, PacksWeights, nn.MultiheadAttention):
     """A drop-in `torch.nn.MultiheadAttention`: same arguments, parameters, initialization, state_dict, shapes, errors.
 
     Args:
@@ -126,6 +127,9 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
         torch.Size([2, 5, 16])
     """
 
+    _torch_class = nn.MultiheadAttention
+    _torch_calls = ("merge_masks",)
+
     def forward(
         self,
         query: Tensor,
@@ -140,7 +144,7 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
         """See the class."""
         call = self._call(query, key, value, key_padding_mask, attn_mask, is_causal)
         if call is None:
-            return super().forward(
+            return self._torchs(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         return self._attend(
@@ -224,6 +228,8 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
         """How a call is computed; None where torch's forward is to do it, or to name the mistake."""
         if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
             return None
+        if self._replaced():
+            return None
         masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
         if masks and not all(isinstance(m, Tensor) and m.dtype in (torch.bool, query.dtype) for m in masks):
             return None
@@ -235,6 +241,8 @@ class MultiheadAttention(PacksWeights, nn.MultiheadAttention):
         tensors = (*inputs, *weights, in_bias, out_weight, out_bias, bias_k, bias_v)
         _, backend = support.route(tensors, cuda=True)
         if backend is None:
+            if support.symbolic():
+                return None
             # Without masks there is no row that torch's forward gives another result for. It lacks forward-mode AD.
             if not (masks or support.transformed()) or not support.composes((*tensors, *masks)):
                 return None

@@ -110,7 +110,9 @@ class GRUCell(CellModule, nn.GRUCell):
         torch.Size([2, 4])
     """
 
+    _torch_class = nn.GRUCell
+
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: see the class."""
         result = self._step(GRU_CELL, input, hx, None)
-        return nn.GRUCell.forward(self, input, hx) if result is None else result[0]
+        return self._torchs(input, hx) if result is None else result[0]

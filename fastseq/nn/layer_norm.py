@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastseq.nn.drop_in import DropIn
+from fastseq.ops import support
 from fastseq.ops.normalization import layer_norm
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(DropIn, nn.LayerNorm):
     """A drop-in `torch.nn.LayerNorm`: same arguments, parameters, initialization, state_dict and results.
 
     Args:
@@ -31,6 +33,11 @@ class LayerNorm(nn.LayerNorm):
         (True, True)
     """
 
+    _torch_class = nn.LayerNorm
+
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """See the class."""
+        if support.symbolic():  # where it is the root, each argument is there, without a value
+            node = self._node(input, residual)
+            return self._torchs(input) if node is None else node
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, residual=residual)

@@ -116,6 +116,8 @@ class LSTMCell(CellModule, nn.LSTMCell):
         torch.Size([2, 4])
     """
 
+    _torch_class = nn.LSTMCell
+
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One step: see the class."""
         result = None
@@ -126,4 +128,4 @@ class LSTMCell(CellModule, nn.LSTMCell):
                 checks.check_state_pair("lstm_cell", hx)
             h, c = hx
             result = None if h is None or c is None else self._step(LSTM_CELL, input, h, c)
-        return nn.LSTMCell.forward(self, input, hx) if result is None else result
+        return self._torchs(input, hx) if result is None else result

@@ -9,10 +9,11 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.overrides import TorchFunctionMode
 
+from fastseq.nn.drop_in import DropIn
 from fastseq.nn.packed_weights import PackedWeights, PacksWeights
 from fastseq.ops import checks, composite, support
 from fastseq.ops.autograd import needs_grad
@@ -36,11 +37,18 @@ class _Run(NamedTuple):
     return_states: bool = False
 
 
-class SequenceModule(PacksWeights):
+class SequenceModule(DropIn, PacksWeights):
     """forward() and step() of RNN, LSTM and GRU. Parameters and state are those of the torch class mixed with, and its
     checks speak first; but its op gets only what fits."""
 
-    _torch_class: ClassVar[type[nn.RNNBase]]
+    _torch_calls = (
+        "check_forward_args",
+        "check_hidden_size",
+        "check_input",
+        "get_expected_cell_size",
+        "get_expected_hidden_size",
+        "permute_hidden",
+    )
     _expected_hx: ClassVar[str] = "a Tensor"
 
     @property
@@ -71,11 +79,17 @@ class SequenceModule(PacksWeights):
             route, backend = support.route(tensors, cuda=True)
             if route is not Route.KERNELS:
                 misfit = checks.unlike(tensors, 1 + len(states))
+        if misfit is not None or route is not Route.KERNELS:
+            node = self._node(input, hx, lengths=lengths, reset=reset, return_states=return_states)
+            if node is not None:
+                return node
         if misfit is not None:
             self._refuse(misfit, input, hx)
         if not packed:
             checks.check_steps(data, self._steps(data))
         if route is not Route.TORCH and route is not Route.COMPOSITE and (self.proj_size or not data.numel()):
+            route = Route.TORCH
+        if route is Route.KERNELS and not beyond_torch and self._replaced():
             route = Route.TORCH
         if route is not Route.KERNELS:
             if support.is_compiling() and (packed or route is Route.TORCH) and not torch.compiler.is_exporting():
@@ -408,7 +422,7 @@ def _by_direction(sequence: Tensor | None, directions: int) -> Tensor | None:
     return sequence.transpose(1, 2) if sequence.dim() == 4 else sequence
 
 
-class CellModule(PacksWeights):
+class CellModule(DropIn, PacksWeights):
     """What RNNCell, LSTMCell and GRUCell share."""
 
     def _step(

@@ -114,9 +114,11 @@ class RNNCell(CellModule, nn.RNNCell):
         torch.Size([2, 4])
     """
 
+    _torch_class = nn.RNNCell
+
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: see the class."""
         result = None
         if self.nonlinearity == "tanh" or self.nonlinearity == "relu":
             result = self._step(TANH if self.nonlinearity == "tanh" else RELU, input, hx, None)
-        return nn.RNNCell.forward(self, input, hx) if result is None else result[0]
+        return self._torchs(input, hx) if result is None else result[0]

@@ -8,28 +8,30 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from fastseq.nn.attention import MultiheadAttention
+from fastseq.nn.drop_in import DropIn
 from fastseq.nn.layer_norm import LayerNorm
+from fastseq.ops import support
 from fastseq.ops.normalization import add_layer_norm
 
 # A version of torch that lacks it cannot tell: then norms are called, as torch calls them.
 _has_any_global_hook = getattr(torch_module, "_has_any_global_hook", lambda: True)
 
 
-def _unwatched(module: nn.Module) -> bool:
-    """True where no hook waits for the module's calls, and its forward is that of its class."""
+def _is_plain(module: DropIn) -> bool:
+    """True where no hook waits for the module's calls, and its forward is ours."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in vars(module)
+        or not module._has_our_forward()
         or _has_any_global_hook()
     )
 
 
 def _fuses(norm: nn.Module) -> bool:
     """True where a norm may take over the addition before it."""
-    return type(norm) is LayerNorm and _unwatched(norm)
+    return type(norm) is LayerNorm and _is_plain(norm)
 
 
 def _norm_of_sum(norm: nn.Module, x: Tensor, sublayer: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ def _sum_and_norm(norm: nn.Module, x: Tensor, sublayer: Tensor) -> tuple[Tensor,
     return x, norm(x)
 
 
-class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+class TransformerEncoderLayer(DropIn, nn.TransformerEncoderLayer):
     """A drop-in `torch.nn.TransformerEncoderLayer`: same arguments, parameters, initialization, state_dict and results.
 
     Its norms are `fastseq.LayerNorm` and take the sums before them along, unless they have hooks. Its self-attention is
@@ -79,6 +81,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         torch.Size([2, 5, 16])
     """
 
+    _torch_class = nn.TransformerEncoderLayer
+    _torch_calls = ("_sa_block", "_ff_block")
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.self_attn.__class__ = MultiheadAttention  # a second one would draw other weights
@@ -93,15 +98,14 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     ) -> Tensor:
         """See the class."""
         attention, call = self.self_attn, None
-        if isinstance(attention, MultiheadAttention):
+        # What others put in place of a part, or wait for at it, sees what torch's forward gives it.
+        if isinstance(attention, MultiheadAttention) and not self._replaced() and _is_plain(attention):
             call = attention._call(src, src, src, src_key_padding_mask, src_mask, is_causal)
         if call is None:
-            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+            return self._torchs(src, src_mask, src_key_padding_mask, is_causal)
 
         def attend(x: Tensor) -> Tensor:
             # Asked once what serves the call: the answer takes a fifth of a tiny one.
-            if type(self)._sa_block is not nn.TransformerEncoderLayer._sa_block or not _unwatched(attention):
-                return self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal)
             out = attention._attend(call, x, x, x, src_key_padding_mask, False, src_mask, True, is_causal)[0]
             return self.dropout1(out)
 
@@ -113,7 +117,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return _norm_of_sum(self.norm2, src, self._ff_block(src))
 
 
-class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+class TransformerDecoderLayer(DropIn, nn.TransformerDecoderLayer):
     """A drop-in `torch.nn.TransformerDecoderLayer`: same arguments, parameters, initialization, state_dict and results.
 
     Both of its attentions are `fastseq.MultiheadAttention`. Its norms are `fastseq.LayerNorm` and take the sums before
@@ -142,6 +146,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         torch.Size([2, 5, 16])
     """
 
+    _torch_class = nn.TransformerDecoderLayer
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.self_attn.__class__ = MultiheadAttention
@@ -160,6 +166,11 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         memory_is_causal: bool = False,
     ) -> Tensor:
         """See the class."""
+        if support.symbolic():
+            return self._torchs(
+                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal,
+                memory_is_causal,
+            )  # fmt: skip
 
         def attend(x: Tensor) -> Tensor:
             return self._sa_block(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)

@@ -7,8 +7,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import layer_norm as torchs_layer_norm  # now: the name may come to lead here
 
 from fastseq.backends.contract import Refused
 from fastseq.ops import support
@@ -68,7 +68,7 @@ def layer_norm(
     if residual is None:
         # First what sends most calls to torch: small ones feel the rest of the way there.
         if support.is_compiling() or not isinstance(input, Tensor) or input.numel() < FEWEST_ELEMENTS:
-            return F.layer_norm(input, normalized_shape, weight, bias, eps)
+            return torchs_layer_norm(input, normalized_shape, weight, bias, eps)
         return _normalize(input, normalized_shape, weight, bias, eps, None, False)[0]
     check_tensor("residual", residual)
     if isinstance(input, Tensor) and residual.shape != input.shape:
@@ -107,7 +107,7 @@ def _normalize(
         except Refused:
             pass
     z = input if residual is None else input + residual
-    return F.layer_norm(z, normalized_shape, weight, bias, eps), z
+    return torchs_layer_norm(z, normalized_shape, weight, bias, eps), z
 
 
 def _by_kernels(
@@ -229,7 +229,7 @@ class LayerNormFunction(torch.autograd.Function):
             )
         else:
             dx, dweight, dbias = composite_backward(
-                lambda z, weight, bias: (F.layer_norm(z, z.shape[-1:], weight, bias, eps),),
+                lambda z, weight, bias: (torchs_layer_norm(z, z.shape[-1:], weight, bias, eps),),
                 (z, weight, bias),
                 (dy,),
                 needs,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -86,6 +87,7 @@ dispatch_modes = _guard("_len_torch_dispatch_stack")
 function_modes = _guard("_len_torch_function_stack")
 tracing = _guard("_get_tracing_state")
 any_autocast = _guard("_is_any_autocast_enabled")
+_fx = _symbolic_trace if hasattr(_symbolic_trace, "_is_fx_tracing_flag") else SimpleNamespace(_is_fx_tracing_flag=True)
 _has_storage = getattr(torch._C, "_has_storage", lambda _: False)
 _saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
@@ -106,6 +108,11 @@ def transformed() -> bool:
     return bool(transforms_active()) or forward_ad._current_level >= 0
 
 
+def symbolic() -> bool:
+    """True while torch.fx traces a model, by calling it with no values."""
+    return _fx._is_fx_tracing_flag and not is_compiling()
+
+
 def observed() -> bool:
     """True where something must see torch's own calls: a compiler, a transform, a mode, a tracer, autocast."""
     return bool(
@@ -115,6 +122,7 @@ def observed() -> bool:
         or dispatch_modes()
         or (function_modes() and foreign_function_modes())
         or tracing() is not None
+        or _fx._is_fx_tracing_flag
         or any_autocast()
     )
 
