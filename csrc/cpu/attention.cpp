@@ -3,9 +3,13 @@
 
 namespace fastseq::FASTSEQ_ISA {
 
+// In attention_bfloat16.cpp, so that two cores compile the instances.
+Status attention_forward_bfloat16(const AttentionParams& p);
+Status attention_backward_bfloat16(const AttentionParams& p);
+
 extern const AttentionKernels kAttentionKernels[kDtypes] = {
     {AttentionForward<float>::run, AttentionBackward<float>::run, nullptr},
     {AttentionForward<double>::run, AttentionBackward<double>::run, nullptr},
-    {AttentionForward<BFloat16>::run, AttentionBackward<BFloat16>::run, nullptr}};
+    {attention_forward_bfloat16, attention_backward_bfloat16, nullptr}};
 
 }  // namespace fastseq::FASTSEQ_ISA
