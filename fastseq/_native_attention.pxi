@@ -293,7 +293,8 @@ cdef int read_heads(
     return 0
 
 
-# A tensor like that of `view` but for its last dimension, its axes in the same order of strides.
+# A tensor like that of `view` but for its last dimension, its axes in the same order of strides; a stride of 0, of an
+# expanded axis, says nothing.
 cdef object empty_heads(
     Heads* out, const AttentionProblem* problem, View view, int64_t columns, bint packed, bint zeros
 ):
@@ -302,7 +303,7 @@ cdef object empty_heads(
     cdef int64_t elements = columns
     cdef int place
     for place in (1, 2, 1):  # sorts them; equal strides stay in order
-        if view.stride[axes[place - 1]] < view.stride[axes[place]]:
+        if 0 < view.stride[axes[place - 1]] < view.stride[axes[place]]:
             axes[place - 1], axes[place] = axes[place], axes[place - 1]
     tensor = empty(
         &out.data, problem.dtype, (view.shape[axes[0]], view.shape[axes[1]], view.shape[axes[2]], columns)

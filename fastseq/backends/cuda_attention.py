@@ -92,10 +92,10 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _empty_heads(like: Tensor, size: int, zeros: bool) -> Tensor:
-    """A tensor like `like` but for its last size, its axes in the same order in memory."""
-    order = sorted(range(3), key=like.stride, reverse=True)
-    tensor = (like.new_zeros if zeros else like.new_empty)(*(like.shape[axis] for axis in order), size)
-    return tensor.permute(order.index(0), order.index(1), order.index(2), 3)
+    """A tensor like `like` but for its last size, in its layout where that is the same, else contiguous."""
+    if like.shape[3] == size:
+        return torch.zeros_like(like) if zeros else torch.empty_like(like)
+    return (like.new_zeros if zeros else like.new_empty)(*like.shape[:3], size)
 
 
 def _gaps(lengths: Tensor | None, starts: Tensor | None, rows: Tensor) -> bool:

@@ -85,8 +85,9 @@ def scaled_dot_product_attention(
         return_lse: also return the logarithm of the sum of exp(scores), with a gradient.
 
     Returns:
-        The output (B, N, L, Ev), for 4-D tensors in the memory layout of the query, else contiguous; with `return_lse`
-        also the lse (B, N, L), in float32 for bfloat16. A query that sees no key gives 0, and -inf for the lse.
+        The output (B, N, L, Ev), in the memory layout of torch's: that of a 4-D query where Ev is E, nothing is
+        broadcast or dropped and a mask needs no gradient, else contiguous. With `return_lse` also the lse (B, N, L), in
+        float32 for bfloat16. A query that sees no key gives 0, and -inf for the lse.
 
     Finite inputs with finite scores give finite results, also with is_causal and a scale of 0 or less, where torch's
     may be NaN: masks come after the scale. NaN and infinities at keys that a query may not see may reach its results or
@@ -167,7 +168,8 @@ def scaled_dot_product_attention(
         if not (q.numel() and k.numel()):
             route = Route.TORCH
     backend = backend if route is Route.KERNELS else None
-    out, lse = attend(call, backend, q, k, v, bias, allowed, keep_layout=operands.lead is None, want_lse=return_lse)
+    keep_layout = _keeps_layout(query, key, value, enable_gqa, dropout_p, bias)
+    out, lse = attend(call, backend, q, k, v, bias, allowed, keep_layout=keep_layout, want_lse=return_lse)
     if v is not operands.v:
         out = out[..., :0]
     out = operands.restore(out)
@@ -218,6 +220,22 @@ def _plain(
         return backend.attention_forward(query, key, value, scale=scale, out=out, **{kind: attn_mask})[0]
     except Refused:
         return None
+
+
+def _keeps_layout(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, dropout_p: float, bias: Tensor | None
+) -> bool:
+    """True where torch's result has the memory layout of the query: where its flash kernel would serve the call. So
+    code that views the output finds what it finds in torch."""
+    return (
+        query.dim() == key.dim() == value.dim() == 4
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and (query.shape[1] == key.shape[1] or enable_gqa)
+        and query.shape[3] == value.shape[3]
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
+        and not dropout_p
+        and not (bias is not None and bias.requires_grad and torch.is_grad_enabled())
+    )
 
 
 def _causal_bias(mask: object) -> bool:

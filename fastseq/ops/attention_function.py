@@ -34,7 +34,7 @@ def attend(
         q, k, v: (B, N, L, D), (B, Nk, S, D), (B, Nk, S, E).
         bias: (B|1, N|1, L|1, S|1), added to the scores.
         allowed: (B|1, N|1, L|1, S|1) bool, True where a query may see a key.
-        keep_layout: the output in the query's memory layout; False: contiguous.
+        keep_layout: the output in the query's memory layout, where D = E; False: contiguous.
     """
     seed = None
     if call.dropout_p:
@@ -87,17 +87,11 @@ def _options(
 
 def _output(q: Tensor, size: int, keep_layout: bool) -> Tensor:
     """An empty (B, N, L, E) of its own, as autograd forbids changes of a view that a Function made."""
-    contiguous = q.is_contiguous()
-    if contiguous and q.shape[3] == size:
-        return torch.empty_like(q)  # the common case, and the fastest call
-    shape = (*q.shape[:3], size)
-    if contiguous or not keep_layout:
-        return q.new_empty(shape)
-    strides, stride = [0, 0, 0, 1], size
-    for axis in sorted((2, 1, 0), key=q.stride):
-        strides[axis] = stride
-        stride *= shape[axis]
-    return q.new_empty_strided(shape, strides)
+    if keep_layout and q.shape[3] == size:
+        out = torch.empty_like(q)  # torch's rule where q is expanded or has gaps, and the fastest call
+        if out.stride(3) == 1:
+            return out
+    return q.new_empty(*q.shape[:3], size)
 
 
 class AttentionFunction(torch.autograd.Function):
