@@ -14,6 +14,8 @@ from fastseq.ops.attention_call import Attention
 from fastseq.ops.autograd import c_apply, composite_backward, needs_grad
 from fastseq.ops.kernel_calls import unit_stride
 
+_TENSORS = ("lengths_q", "lengths_k", "starts_q", "starts_k", "alibi_slopes")  # of an `Attention`
+
 
 def attend(
     call: Attention,
@@ -43,8 +45,8 @@ def attend(
         number = 0 if seed is None else seed.item()
         try:
             if needs_grad(q, k, v, bias):
-                return _apply(call, backend, number, keep_layout, q, k, v, bias, allowed, call.alibi_slopes)
-            return _forward(call, backend, number, keep_layout, q, k, v, bias, allowed, call.alibi_slopes, want_lse)
+                return _apply(call, backend, number, keep_layout, q, k, v, bias, allowed)
+            return _forward(call, backend, number, keep_layout, q, k, v, bias, allowed, want_lse)
         except Refused:
             pass
     return attention_composite.attention(call, q, k, v, bias, allowed, seed)
@@ -60,26 +62,23 @@ def _forward(
     v: Tensor,
     bias: Tensor | None,
     allowed: Tensor | None,
-    slopes: Tensor | None,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     out = _output(q, v.shape[3], keep_layout)
-    options = _options(call, seed, bias, allowed, slopes)
+    options = _options(call, seed, bias, allowed)
     return backend.attention_forward(
         unit_stride(q), unit_stride(k), unit_stride(v), return_lse=want_lse, out=out, **options
     )
 
 
-def _options(
-    call: Attention, seed: int, bias: Tensor | None, allowed: Tensor | None, slopes: Tensor | None
-) -> dict[str, Any]:
+def _options(call: Attention, seed: int, bias: Tensor | None, allowed: Tensor | None) -> dict[str, Any]:
     options = call.options()
     if bias is not None:
         options["bias"] = bias
     if allowed is not None:
         options["allowed"] = allowed
-    if slopes is not None:
-        options["alibi_slopes"] = slopes
+    if call.alibi_slopes is not None:
+        options["alibi_slopes"] = call.alibi_slopes
     if call.dropout_p:
         options |= {"dropout_p": call.dropout_p, "seed": seed}
     return options
@@ -97,9 +96,9 @@ def _output(q: Tensor, size: int, keep_layout: bool) -> Tensor:
 class AttentionFunction(torch.autograd.Function):
     """Attention over the kernels.
 
-    `AttentionFunction.apply(call, backend, seed, keep_layout, q, k, v, bias, allowed, alibi_slopes)` returns the output
+    `AttentionFunction.apply(call, backend, seed, keep_layout, q, k, v, bias, allowed)` returns the output
     (B, N, L, E) and the lse (B, N, L), float64: `call` is an `Attention`, `backend` a module with `attention_forward`
-    and `attention_backward`, the rest as in `attend`; the slopes are those of the call. q, k, v and bias get gradients.
+    and `attention_backward`, the rest as in `attend`. q, k, v and bias get gradients.
 
     Kept for the backward are the tensors given, the output and the lse; the weights are computed again, tile by tile,
     and so is the dropout, from its seed. With `create_graph=True` the gradients come from torch ops.
@@ -112,7 +111,7 @@ class AttentionFunction(torch.autograd.Function):
         >>> from fastseq.ops import Attention, AttentionFunction
         >>> q = torch.randn(2, 3, 5, 8, requires_grad=True)
         >>> if (backend := backends.select()) is not None:
-        ...     out, lse = AttentionFunction.apply(Attention(8**-0.5), backend, 0, True, q, q, q, None, None, None)
+        ...     out, lse = AttentionFunction.apply(Attention(8**-0.5), backend, 0, True, q, q, q, None, None)
         ...     out.sum().backward()
     """
 
@@ -128,28 +127,30 @@ class AttentionFunction(torch.autograd.Function):
         v: Tensor,
         bias: Tensor | None,
         allowed: Tensor | None,
-        slopes: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """See the class."""
-        out, lse = _forward(call, backend, seed, keep_layout, q, k, v, bias, allowed, slopes, True)
+        out, lse = _forward(call, backend, seed, keep_layout, q, k, v, bias, allowed, True)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, bias, allowed, slopes, out, lse)
-        # The slopes are kept above, where a change in place is noticed.
-        ctx.how = (call if slopes is None else call._replace(alibi_slopes=None)), backend, seed
+        # Those of the call too: a change in place is noticed, and checkpointing gives those of its second forward.
+        plain = call.lengths_q is call.lengths_k is call.starts_q is call.alibi_slopes is None
+        others = () if plain else tuple(getattr(call, name) for name in _TENSORS)
+        ctx.save_for_backward(q, k, v, bias, allowed, out, lse, *others)
+        ctx.how = call, backend, seed
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
         """Gradients of q, k, v and bias, None for those that need none."""
         if dout is None and dlse is None:
-            return (None,) * 10
-        q, k, v, bias, allowed, slopes, out, lse = ctx.saved_tensors
+            return (None,) * 9
+        q, k, v, bias, allowed, out, lse, *others = ctx.saved_tensors
         call, backend, seed = ctx.how
+        if others:
+            call = call._replace(**dict(zip(_TENSORS, others, strict=True)))
         needs = ctx.needs_input_grad[4:8]
         if not support.kernels_differentiate((dout, dlse)):
-            whole = call._replace(alibi_slopes=slopes)
             grads = composite_backward(
-                lambda q, k, v, bias: attention_composite.attention(whole, q, k, v, bias, allowed, seed),
+                lambda q, k, v, bias: attention_composite.attention(call, q, k, v, bias, allowed, seed),
                 (q, k, v, bias),
                 (dout, dlse),
                 needs,
@@ -164,9 +165,9 @@ class AttentionFunction(torch.autograd.Function):
                 torch.zeros_like(out) if dout is None else unit_stride(dout),
                 dlse=dlse,
                 needs=needs,
-                **_options(call, seed, bias, allowed, slopes),
+                **_options(call, seed, bias, allowed),
             )
-        return None, None, None, None, *grads, None, None
+        return None, None, None, None, *grads, None
 
 
 class PlainAttentionFunction(torch.autograd.Function):

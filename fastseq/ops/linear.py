@@ -95,16 +95,17 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See the class."""
-        ctx.save_for_backward(x, weight, bias)
+        ctx.save_for_backward(x, weight)  # no gradient depends on the bias, which torch lets its owner change
         ctx.backend = backend
         return _multiply(backend, x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         """Gradients of x, weight and bias, None for those that need none."""
-        x, weight, bias = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         if not support.kernels_differentiate((dy,)):
+            bias = weight.new_zeros(weight.shape[0], requires_grad=True) if needs[2] else None
             grads = composite_backward(
                 lambda x, weight, bias: (F.linear(x, weight, bias),), (x, weight, bias), (dy,), needs
             )

@@ -186,15 +186,15 @@ class RecurrentFunction(torch.autograd.Function):
         """Gradients of the inputs, None for those that need none."""
         grads = (dy, dh_n, dc_n, dc_all)
         by_kernels = support.kernels_differentiate(grads)
-        (x, h_0, c_0, *weights), y, saved = _kept(ctx, by_kernels)
+        call, (x, h_0, c_0, *weights), y, saved = _kept(ctx, by_kernels)
         if not by_kernels:
-            directions = len(ctx.call.reverse)
+            directions = len(call.reverse)
             return (
                 None,
                 None,
                 *composite_backward(
                     lambda x, h, c, *w: composite.layer(
-                        ctx.call, x, h, c, [w[4 * d : 4 * d + 4] for d in range(directions)]
+                        call, x, h, c, [w[4 * d : 4 * d + 4] for d in range(directions)]
                     ),
                     (x, h_0, c_0, *weights),
                     grads,
@@ -203,13 +203,13 @@ class RecurrentFunction(torch.autograd.Function):
             )
         isa = ctx.isa
         if saved is None:
-            (y, *_), saved = kernel_calls.forward(ctx.call, ctx.backend, x, h_0, c_0, weights, save=True)
+            (y, *_), saved = kernel_calls.forward(call, ctx.backend, x, h_0, c_0, weights, save=True)
             isa = ctx.backend.active_isa()
         needs = ctx.needs_input_grad[2:]
         return (
             None,
             None,
-            *kernel_calls.backward(ctx.call, ctx.backend, x, h_0, c_0, weights, y, saved, isa, grads, needs),
+            *kernel_calls.backward(call, ctx.backend, x, h_0, c_0, weights, y, saved, isa, grads, needs),
         )
 
 
@@ -285,14 +285,21 @@ _apply_step = c_apply(StepFunction)
 
 # What a graph keeps.
 #
-# Inputs and weights go through save_for_backward: an in-place change before the backward raises torch's error. The
-# output does not: torch's own RNN and GRU allow it to be changed (`out *= mask`), so it is kept as an alias with its
-# version, and a changed one is recomputed. Under saved-tensor hooks (checkpointing, offloading) everything goes through
-# them, since they exist to let go of the memory.
+# Inputs, weights and the tensors of the call go through save_for_backward: an in-place change before the backward
+# raises torch's error, and checkpointing gives all of them as its second forward has them. The output does not: torch's
+# own RNN and GRU allow it to be changed (`out *= mask`), so it is kept as an alias with its version, and a changed one
+# is recomputed. Under saved-tensor hooks (checkpointing, offloading) everything goes through them, since they exist to
+# let go of the memory.
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor, saved: tuple[Tensor, ...]) -> None:
-    ctx.inputs = len(inputs)
+    rows, ctx.inputs = ctx.call.rows, len(inputs)
+    if rows is not None or ctx.call.reset is not None:
+        lengths, batch_sizes, order = (None,) * 3 if rows is None else rows[:3]
+        if rows is not None and rows.packed:
+            batch_sizes = batch_sizes.clone()  # the caller's, who may change them as with torch
+        inputs += (ctx.call.reset, lengths, batch_sizes, order)
+    ctx.kept = len(inputs)
     if support.saving_hooks():
         ctx.save_for_backward(*inputs, output, *saved)
         ctx.once = [None]
@@ -301,17 +308,26 @@ def _keep(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor, saved: tu
         ctx.once = [(output.detach(), output._version, saved)]
 
 
-def _kept(ctx: Any, by_kernels: bool) -> tuple[tuple[Tensor | None, ...], Tensor | None, tuple[Tensor, ...] | None]:
-    """The inputs; the output and the saved values, or None where they have been used up, changed or are not needed."""
-    tensors = ctx.saved_tensors
+def _kept(
+    ctx: Any, by_kernels: bool
+) -> tuple[Layer, tuple[Tensor | None, ...], Tensor | None, tuple[Tensor, ...] | None]:
+    """The call, its inputs; the output and the saved values, or None where they have been used up, changed or are not
+    needed."""
+    tensors, call = ctx.saved_tensors, ctx.call
     inputs = tensors[: ctx.inputs]
+    if ctx.kept > ctx.inputs:
+        reset, lengths, batch_sizes, order = tensors[ctx.inputs : ctx.kept]
+        rows = call.rows
+        if rows is not None:
+            rows = Rows(lengths, batch_sizes, order, batch_sizes.shape[0], rows.packed)
+        call = call._replace(reset=reset, rows=rows)
     if not by_kernels or not ctx.once:
-        return inputs, None, None
+        return call, inputs, None, None
     try:
         kept = ctx.once.pop()  # atomic: of two threads in the same backward one gets the buffers
     except IndexError:
-        return inputs, None, None
+        return call, inputs, None, None
     if kept is None:
-        return inputs, tensors[ctx.inputs], tensors[ctx.inputs + 1 :]
+        return call, inputs, tensors[ctx.kept], tensors[ctx.kept + 1 :]
     output, version, saved = kept
-    return (inputs, output, saved) if output._version == version else (inputs, None, None)
+    return (call, inputs, output, saved) if output._version == version else (call, inputs, None, None)
