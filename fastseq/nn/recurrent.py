@@ -132,8 +132,6 @@ class SequenceModule(DropIn, PacksWeights):
         if unbatched:
             y = y.squeeze(1)
             states = tuple(None if s is None else s.squeeze(1) for s in states)
-        elif batch_first:
-            y = y.transpose(0, 1)
         if not run.return_states:
             return y, self._hx(states)
         if unbatched:
@@ -164,7 +162,8 @@ class SequenceModule(DropIn, PacksWeights):
         return (*result, self._hx(tuple(map(padded, all_states)))) if run.return_states else result
 
     def _layers(self, call: Layer, x: Tensor, states: States, run: _Run) -> tuple[Tensor, States, States]:
-        """The output, the last states (L*D, B, H) and, if asked for, all states: (T, L*D, B, H), packed (R, L*D, H)."""
+        """The output, as `Results.y`, the last states (L*D, B, H) and, if asked for, all states: (T, L*D, B, H), packed
+        (R, L*D, H)."""
         cell, layers, directions = call.cell, self.num_layers, len(call.reverse)
         inner = call._replace(batch_first=False) if call.batch_first and layers > 1 else call
         (h_0, c_0), weights, panels = states, run.weights, None
@@ -185,7 +184,7 @@ class SequenceModule(DropIn, PacksWeights):
             last_h.append(h_n)
             last_c.append(c_n)
             if run.return_states:
-                all_h.append(_by_direction(x, directions))
+                all_h.append(_by_direction(x.transpose(0, 1) if how.batch_first else x, directions))
                 all_c.append(_by_direction(c_all, directions))
             if self.dropout and layer < layers - 1:
                 x = F.dropout(x, self.dropout, self.training)

@@ -35,7 +35,7 @@ class Layer(NamedTuple):
     reset: Tensor | None = None  # (T, B) bool
     want_c: bool = False  # every cell state, not only the last
     float_state: bool = False  # bfloat16 only: states in float32
-    batch_first: bool = False  # memory order of the output only; its shape stays (T, B, N)
+    batch_first: bool = False  # of the output y alone: (B, T, N)
 
     @property
     def plain(self) -> bool:
@@ -46,8 +46,8 @@ class Layer(NamedTuple):
 
 
 class Results(NamedTuple):
-    """y (T, B, D*H), h_n and c_n (D, B, H), c_all (T, B, D*H); packed: (R, D*H) for y and c_all. No two share
-    memory."""
+    """y (T, B, D*H), or (B, T, D*H) where the call is `batch_first`, h_n and c_n (D, B, H), c_all (T, B, D*H); packed:
+    (R, D*H) for y and c_all. No two share memory, and none is a view."""
 
     y: Tensor
     h_n: Tensor

@@ -32,7 +32,8 @@ def forward(
     # The backend makes a plain y itself. None is a view: autograd forbids changes of a view that a Function made.
     y = out = None
     if directions > 1 or batch_first or padded:
-        y = out = _output(call, x, directions * weights[1].shape[1])
+        y = _output(call, x, directions * weights[1].shape[1])
+        out = _steps_first(call, y)
     if padded:
         x, reset, out = _trim(rows, x), _trim(rows, reset), _trim(rows, out)
     x, h_0, c_0 = unit_strides(x, h_0, c_0)
@@ -85,6 +86,7 @@ def backward(
     padded = rows is not None and not packed
     x, h_0, c_0, dy, dh_n, dc_n, dc_all = unit_strides(x, h_0, c_0, *grads)
     weights = all_contiguous(weights)
+    y, dy = _steps_first(call, y), _steps_first(call, dy)
     dx = dx_trimmed = None
     if needs[0] and (directions > 1 or padded):
         dx = dx_trimmed = x.new_zeros(x.shape) if padded else x.new_empty(x.shape)
@@ -132,10 +134,13 @@ def backward(
 
 
 def _output(call: Layer, x: Tensor, width: int) -> Tensor:
-    shape = (*x.shape[:-1], width)
-    strides = (width, x.shape[0] * width, 1) if call.batch_first else None
-    y = x.new_empty(shape) if strides is None else x.new_empty_strided(shape, strides)
+    rows = (x.shape[1], x.shape[0]) if call.batch_first else x.shape[:-1]
+    y = x.new_empty((*rows, width))
     return y if call.rows is None or call.rows.packed else y.zero_()
+
+
+def _steps_first(call: Layer, y: Tensor | None) -> Tensor | None:
+    return y.transpose(0, 1) if call.batch_first and y is not None else y
 
 
 def _trim(rows: Rows, sequence: Tensor | None) -> Tensor | None:

@@ -49,9 +49,12 @@ def run_layer(
             return kernel_calls.forward(call, backend, x, h_0, c_0, flat, panels)[0]
         except Refused:
             pass
-    if route is Route.GRAPH:
-        return graph.layer(call, x, h_0, c_0, weights)
-    return composite.layer(call, x, h_0, c_0, weights)
+    layer = graph.layer if route is Route.GRAPH else composite.layer
+    return _laid_out(call, layer(call, x, h_0, c_0, weights))
+
+
+def _laid_out(call: Layer, results: Results) -> Results:
+    return results._replace(y=results.y.transpose(0, 1)) if call.batch_first else results
 
 
 def _kernels_read(rows: Rows | None, reset: Tensor | None) -> bool:
@@ -193,8 +196,8 @@ class RecurrentFunction(torch.autograd.Function):
                 None,
                 None,
                 *composite_backward(
-                    lambda x, h, c, *w: composite.layer(
-                        call, x, h, c, [w[4 * d : 4 * d + 4] for d in range(directions)]
+                    lambda x, h, c, *w: _laid_out(
+                        call, composite.layer(call, x, h, c, [w[4 * d : 4 * d + 4] for d in range(directions)])
                     ),
                     (x, h_0, c_0, *weights),
                     grads,
