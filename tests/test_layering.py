@@ -105,6 +105,19 @@ def test_the_reference_knows_numpy_only(path):
     assert outside <= {"numpy", "fastseq"}
 
 
+FACTORIES = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "tensor", "zeros"}
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in PYTHON_FILES if p.relative_to(PACKAGE).parts[0] in ("backends", "nn", "ops")], ids=name_of
+)
+def test_new_tensors_are_told_their_device(path):
+    # Else torch.set_default_device would decide: see test_default_device.py.
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in FACTORIES}:
+            assert "device" in {keyword.arg for keyword in node.keywords}, f"{path}:{node.lineno}"
+
+
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=name_of)
 def test_the_package_imports_no_tests(path):
     assert not {name.split(".")[0] for name in imports_of(path)} & {"tests", "bench", "cases", "pytest"}

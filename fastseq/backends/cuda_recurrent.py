@@ -69,9 +69,9 @@ class _Rows:
         self.index = None
         if batch_sizes is not None and not packed:
             steps, batch = x.shape[:2]
-            places = torch.arange(batch) if order is None else order
-            live = torch.arange(batch) < batch_sizes.unsqueeze(1)
-            self.index = to_device((torch.arange(steps).unsqueeze(1) * batch + places)[live], x.device)
+            places = torch.arange(batch, device="cpu") if order is None else order
+            live = torch.arange(batch, device="cpu") < batch_sizes.unsqueeze(1)
+            self.index = to_device((torch.arange(steps, device="cpu").unsqueeze(1) * batch + places)[live], x.device)
         self.count = x.shape[0] if packed else x.shape[0] * x.shape[1] if self.index is None else len(self.index)
 
     def read(self, sequence: Tensor) -> Tensor:

@@ -270,7 +270,7 @@ def check_packed(
 
 def _cumulative(name: str, cu_seqlens: Integers, total: int, device: torch.device) -> Packed:
     if support.is_compiling() and not isinstance(cu_seqlens, Tensor):
-        cu_seqlens = torch.tensor(cu_seqlens)
+        cu_seqlens = torch.tensor(cu_seqlens, device="cpu")
     if isinstance(cu_seqlens, Tensor) and not readable(cu_seqlens):
         bounds = cu_seqlens.to(device=device, dtype=torch.int64)
         return Packed(bounds[:-1], bounds.diff(), total)
