@@ -10,7 +10,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_DECREF
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 cdef const Kernels* active = default_kernels()
 
@@ -294,6 +294,9 @@ def recurrent_backward(
     check(&view, "saved", UINT8, kernels.saved_bytes(p[0]), -1, -1)
     check_contiguous(&view, "saved")
     p.saved = view.data
+    if <uintptr_t>p.saved % 64:  # memory of a saved-tensor hook
+        saved = empty(&p.saved, UINT8, (view.shape[0],))
+        memcpy(p.saved, view.data, view.shape[0])
     check_aligned(p.saved)
     read_sequence(&p.dy, dy, "dy", &problem, p.hidden_size, False)
     read_state(&p.dh_n, dh_n, "dh_n", &problem)
