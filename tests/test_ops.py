@@ -199,32 +199,6 @@ def test_compile(cell):
 
 
 @each
-def test_the_opaque_op(cell):
-    """torch's own checks of a custom op: schema, fake results, autograd, dynamic shapes."""
-    if backends.select() is None:
-        pytest.skip("the op is there for the kernels")
-    from fastseq.ops import graph
-
-    for bidirectional, ragged in itertools.product([False, True], [None, [3, 0, 7, 2, 5], [0] * 5]):
-        x, h_0, c_0, *weights = inputs(cell, (5, 7, 3, 4))
-        directions = 2 if bidirectional else 1
-        h_0, c_0 = (None if s is None else s.detach().expand(directions, 5, 4).clone() for s in (h_0, c_0))
-        arguments = (
-            x,
-            h_0.requires_grad_(),
-            None if c_0 is None else c_0.requires_grad_(),
-            [w.detach().clone().requires_grad_() for _ in range(directions) for w in weights],
-            None if ragged is None else torch.tensor(ragged),
-            None,
-            cell,
-            [False, True][:directions],
-            cell == "lstm",
-            False,
-        )
-        torch.library.opcheck(graph.recurrent_layer, arguments)
-
-
-@each
 def test_functions_are_public(cell):
     backend = backends.select()
     if backend is None:

@@ -222,6 +222,8 @@ def route(
 
 
 def _observed_route(tensors: list[Tensor], cuda: bool) -> Route:
+    if transformed():  # also inside a graph: an op of ours has no rule for them
+        return Route.COMPOSITE
     if is_compiling():
         first = tensors[0]
         cuda = cuda and first.is_cuda
@@ -231,4 +233,4 @@ def _observed_route(tensors: list[Tensor], cuda: bool) -> Route:
             (t.is_cuda if cuda else t.is_cpu) and t.dtype is first.dtype and type(t) in PLAIN_TYPES for t in tensors
         )
         return Route.GRAPH if served else Route.TORCH
-    return Route.COMPOSITE if transformed() else Route.TORCH
+    return Route.TORCH
