@@ -174,7 +174,8 @@ def pack(cell, weights, int threads):
 
 def recurrent_forward(
     cell, x, h_0, c_0, weights, *, Panels panels=None, batch_sizes=None, order=None, bint packed=False,
-    bint reverse=False, reset=None, bint save=False, y=None, bint return_c=False, bint float_state=False
+    bint reverse=False, reset=None, bint save=False, y=None, bint return_c=False, bint float_state=False,
+    bint leading=False
 ):
     """A whole sequence: (y, h_n, c_n, c_all, saved).
 
@@ -191,6 +192,7 @@ def recurrent_forward(
         y: (T, B, H) to write into; its padding is not written. None: a new one, zero at padding.
         return_c: the LSTM's c of all steps as well, (T, B, H), zero at padding.
         float_state: of bfloat16, keep the states that come in and go out in float32.
+        leading: states are (1, B, H), those that come in and those that go out: a view less for one of several.
     """
     cdef Problem problem
     cdef RecurrentParams* p = &problem.params
@@ -199,6 +201,7 @@ def recurrent_forward(
     c_n = c_all = saved = None
     w_ih, w_hh, b_ih, b_hh = weights
     start(&problem, active, cell, count_threads())
+    problem.leading = leading
     read_input(&problem, x, h_0, c_0, batch_sizes, order, packed, reverse, reset)
     read_weights(&problem, w_ih, w_hh, b_ih, b_hh)
     read_states(&problem, h_0, c_0, float_state)
@@ -262,7 +265,8 @@ def recurrent_step(
 
 def recurrent_backward(
     cell, x, h_0, c_0, weights, y, saved, isa, *, dy, dh_n, dc_n, dc_all, needs, batch_sizes=None, order=None,
-    bint packed=False, bint reverse=False, reset=None, bint float_state=False, dx=None, bint accumulate_dx=False
+    bint packed=False, bint reverse=False, reset=None, bint float_state=False, bint leading=False, dx=None,
+    bint accumulate_dx=False
 ):
     """The gradients (dx, dh_0, dc_0, dw_ih, dw_hh, db_ih, db_hh), None where `needs` says so.
 
@@ -285,6 +289,7 @@ def recurrent_backward(
     w_ih, w_hh, b_ih, b_hh = weights
     needs_x, needs_h_0, needs_c_0, needs_w_ih, needs_w_hh, needs_b_ih, needs_b_hh = needs
     start(&problem, active, cell, count_threads())
+    problem.leading = leading
     read_input(&problem, x, h_0, c_0, batch_sizes, order, packed, reverse, reset)
     read_weights(&problem, w_ih, w_hh, b_ih, b_hh)
     read_states(&problem, h_0, c_0, float_state)
@@ -387,7 +392,7 @@ cdef int read_input(
         read(batch_sizes, "batch_sizes", &sizes)
         if packed:
             # The batch is that of the states: rows of length 0 are in none of the batch sizes.
-            p.steps, p.batch = sizes.shape[0], rows_of(h_0, c_0, order)
+            p.steps, p.batch = sizes.shape[0], rows_of(h_0, c_0, order, problem.leading)
         check(&sizes, "batch_sizes", INT64, p.steps, -1, -1)
         check_contiguous(&sizes, "batch_sizes")
         p.batch_sizes = <const int64_t*>sizes.data
@@ -407,14 +412,14 @@ cdef int read_input(
 
 
 # The number of rows of the first that is there, 0 if none is.
-cdef int64_t rows_of(h_0, c_0, order) except -1:
+cdef int64_t rows_of(h_0, c_0, order, bint leading) except -1:
     cdef View view
     for tensor, name in ((h_0, "h_0"), (c_0, "c_0"), (order, "order")):
         if tensor is not None:
             read_anywhere(tensor, name, &view)
             if view.dims == 0:
                 raise Refused(f"{name} must not be a scalar")
-            return view.shape[0]
+            return view.shape[1 if leading and view.dims == 3 else 0]
     return 0
 
 

@@ -33,6 +33,7 @@ cdef struct Problem:
     const CellKernels* cell
     int dtype
     int state_dtype
+    bint leading  # states have an axis of one before the others
     int64_t rows  # of a packed sequence
 
 cdef DLPackExchangeAPI* exchange = NULL
@@ -273,10 +274,13 @@ cdef int read_state(State* out, tensor, str name, const Problem* problem) except
     if tensor is None:
         return 0
     read_at(&problem.place, tensor, name, &view)
-    check(&view, name, problem.state_dtype, problem.params.batch, problem.params.hidden_size, -1)
+    if problem.leading:
+        check(&view, name, problem.state_dtype, 1, problem.params.batch, problem.params.hidden_size)
+    else:
+        check(&view, name, problem.state_dtype, problem.params.batch, problem.params.hidden_size, -1)
     check_unit_stride(&view, name)
     out.data = view.data
-    out.row_stride = view.stride[0]
+    out.row_stride = view.stride[view.dims - 2]
     return 0
 
 
@@ -303,8 +307,11 @@ cdef object empty_sequence(Sequence* out, const Problem* problem, int64_t column
 
 
 cdef object empty_state(State* out, const Problem* problem):
-    out.row_stride = problem.params.hidden_size
-    return empty(&out.data, problem.state_dtype, (problem.params.batch, problem.params.hidden_size))
+    cdef int64_t batch = problem.params.batch, hidden_size = problem.params.hidden_size
+    out.row_stride = hidden_size
+    if problem.leading:
+        return empty(&out.data, problem.state_dtype, (1, batch, hidden_size))
+    return empty(&out.data, problem.state_dtype, (batch, hidden_size))
 
 
 # A state for a single step. The exchange table allocates at half the cost of torch.empty, but the storage that it

@@ -103,12 +103,15 @@ def recurrent_forward(
     y: Tensor | None = None,
     return_c: bool = False,
     float_state: bool = False,
+    leading: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As `native.recurrent_forward`, with its other keywords: (y, h_n, c_n, c_all, saved). There are no panels;
     `batch_sizes` and `order` are on the CPU.
     """
     w_ih, w_hh, *_ = weights
+    if leading:
+        h_0, c_0 = _squeezed(h_0), _squeezed(c_0)
     hidden_size, state = w_hh.shape[1], torch.float32 if float_state else x.dtype
     batch = _batch(x, h_0, c_0, batch_sizes, order, packed)
     rows = _Rows(x, batch_sizes, order, packed)
@@ -131,6 +134,8 @@ def recurrent_forward(
         order=order, placed_order=to_device(order, x.device), packed=packed, float_state=float_state,
         stream=stream_of(x.device), **options,
     )  # fmt: skip
+    if leading:
+        h_n, c_n = _unsqueezed(h_n), _unsqueezed(c_n)
     return y, h_n, c_n, c_all, keep.flat if save else None
 
 
@@ -174,11 +179,14 @@ def recurrent_backward(
     saved: Tensor,
     isa: str,
     *,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
     needs: Sequence[bool],
     batch_sizes: Tensor | None = None,
     order: Tensor | None = None,
     packed: bool = False,
     float_state: bool = False,
+    leading: bool = False,
     dx: Tensor | None = None,
     accumulate_dx: bool = False,
     **options: Any,
@@ -187,6 +195,8 @@ def recurrent_backward(
     `needs` says so.
     """
     w_ih, w_hh, b_ih, b_hh = weights
+    if leading:
+        h_0, c_0, dh_n, dc_n = _squeezed(h_0), _squeezed(c_0), _squeezed(dh_n), _squeezed(dc_n)
     needs_x, needs_h_0, needs_c_0, needs_w_ih, needs_w_hh, needs_b_ih, needs_b_hh = needs
     hidden_size, state = w_hh.shape[1], torch.float32 if float_state else x.dtype
     batch = _batch(x, h_0, c_0, batch_sizes, order, packed)
@@ -197,7 +207,7 @@ def recurrent_backward(
     dcarry = x.new_empty(batch, hidden_size, dtype=saved.dtype) if keep.layout.carry else None
     hidden = x.new_empty(rows.count, hidden_size) if needs_w_hh else None
     library().recurrent_backward(
-        cell, x, h_0, c_0, weights, saved, y, dh_0=dh_0, dc_0=dc_0, dcarry=dcarry, hidden=hidden,
+        cell, x, h_0, c_0, weights, saved, y, dh_n=dh_n, dc_n=dc_n, dh_0=dh_0, dc_0=dc_0, dcarry=dcarry, hidden=hidden,
         batch_sizes=batch_sizes, order=order, placed_order=to_device(order, x.device), packed=packed,
         float_state=float_state, stream=stream_of(x.device), **options,
     )  # fmt: skip
@@ -221,7 +231,17 @@ def recurrent_backward(
         else:
             dx = torch.zeros_like(x) if dx is None else dx
             rows.write(dx_rows, dx, accumulate_dx)
+    if leading:
+        dh_0, dc_0 = _unsqueezed(dh_0), _unsqueezed(dc_0)
     return dx if needs_x else None, dh_0, dc_0, dw_ih, dw_hh, db_ih, db_hh
+
+
+def _squeezed(state: Tensor | None) -> Tensor | None:
+    return None if state is None else state.squeeze(0)
+
+
+def _unsqueezed(state: Tensor | None) -> Tensor | None:
+    return None if state is None else state.unsqueeze_(0)
 
 
 def _batch(

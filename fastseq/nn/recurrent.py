@@ -85,9 +85,10 @@ class SequenceModule(DropIn, PacksWeights):
                 return node
         if misfit is not None:
             self._refuse(misfit, input, hx)
-        if not packed:
+        empty = not data.numel()
+        if empty and not packed:
             checks.check_steps(data, self._steps(data))
-        if route is not Route.TORCH and route is not Route.COMPOSITE and (self.proj_size or not data.numel()):
+        if (empty or self.proj_size) and (route is Route.KERNELS or route is Route.GRAPH):
             route = Route.TORCH
         if route is Route.KERNELS and not beyond_torch and self._replaced():
             route = Route.TORCH
@@ -347,12 +348,13 @@ class SequenceModule(DropIn, PacksWeights):
             return f"{cell.mode}: Expected input to be 2D or 3D, got {rank}D instead"
         if data.shape[-1] != self.input_size:
             return f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {data.shape[-1]}"
-        if states[0] is not None:
+        h_0, c_0 = states
+        if h_0 is not None:
             sizes = self._state_sizes(batch)
             if unbatched:
                 sizes = tuple((size[0], size[2]) for size in sizes)
-            if misfit := checks.states_misfit(states, sizes):
-                return misfit
+            if h_0.shape != sizes[0] or (c_0 is not None and c_0.shape != sizes[1]):
+                return checks.states_misfit(states, sizes)
         return self._weights_misfit(cell, weights)
 
     def _weights_misfit(self, cell: Cell, weights: list[Direction] | None) -> str | None:
@@ -362,14 +364,15 @@ class SequenceModule(DropIn, PacksWeights):
         gates, hidden = cell.gates * self.hidden_size, self.proj_size or self.hidden_size
         directions, inputs = 2 if self.bidirectional else 1, self.input_size
         square, bias, projection = (gates, hidden), (gates,), (self.proj_size, self.hidden_size)
-        for place, (w_ih, w_hh, b_ih, b_hh, *w_hr) in enumerate(weights):
+        for place, direction in enumerate(weights):
+            w_ih, w_hh, b_ih, b_hh = direction[:4]
             if place == directions:
                 inputs = hidden * directions
             if (
                 w_ih.shape != (gates, inputs)
                 or w_hh.shape != square
                 or (b_ih is not None and not b_ih.shape == b_hh.shape == bias)
-                or (w_hr and w_hr[0].shape != projection)
+                or (len(direction) > 4 and direction[4].shape != projection)
             ):
                 shapes = (gates, inputs), square, *((bias, bias) if self.bias else ()), projection
                 found = (w for w in weights[place] if w is not None)

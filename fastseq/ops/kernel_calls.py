@@ -39,12 +39,15 @@ def forward(
     x, h_0, c_0 = unit_strides(x, h_0, c_0)
     weights = all_contiguous(weights)
     h_n, c_n, c_all, saved = [], [], [], []
+    h_d, c_d = h_0, c_0
     for d in range(directions):
+        if directions > 1:
+            h_d, c_d = _state(h_0, d), _state(c_0, d)
         y_d, h, c, c_steps, kept = backend.recurrent_forward(
             cell.name,
             x,
-            None if h_0 is None else h_0[d],
-            None if c_0 is None else c_0[d],
+            h_d,
+            c_d,
             weights[4 * d : 4 * d + 4],
             panels=None if panels is None else panels[d],
             batch_sizes=batch_sizes,
@@ -56,6 +59,7 @@ def forward(
             y=out if directions == 1 else _part(out, d, directions),
             return_c=want_c,
             float_state=float_state,
+            leading=True,
         )
         h_n.append(h)
         c_n.append(c)
@@ -95,21 +99,23 @@ def backward(
         dc_all, dx_trimmed = _trim(rows, dc_all), _trim(rows, dx)
     dh_0, dc_0, dweights = [], [], []
     y_d, dy_d, dc_all_d = y, dy, dc_all
+    h_d, c_d, dh_d, dc_d = h_0, c_0, dh_n, dc_n
     for d in range(directions):
         if directions > 1:
             y_d, dy_d, dc_all_d = (_part(sequence, d, directions) for sequence in (y, dy, dc_all))
+            h_d, c_d, dh_d, dc_d = (_state(state, d) for state in (h_0, c_0, dh_n, dc_n))
         dx_part, dh, dc, *dw = backend.recurrent_backward(
             cell.name,
             x,
-            None if h_0 is None else h_0[d],
-            None if c_0 is None else c_0[d],
+            h_d,
+            c_d,
             weights[4 * d : 4 * d + 4],
             y_d,
             saved[d],
             isa,
             dy=dy_d,
-            dh_n=None if dh_n is None else dh_n[d],
-            dc_n=None if dc_n is None else dc_n[d],
+            dh_n=dh_d,
+            dc_n=dc_d,
             dc_all=dc_all_d,
             needs=(*needs[:3], *needs[3 + 4 * d : 7 + 4 * d]),
             batch_sizes=batch_sizes,
@@ -118,6 +124,7 @@ def backward(
             reverse=reverse[d],
             reset=reset,
             float_state=float_state,
+            leading=True,
             dx=dx_trimmed,
             accumulate_dx=d > 0,
         )
@@ -153,8 +160,13 @@ def _part(sequence: Tensor | None, d: int, directions: int) -> Tensor | None:
     return None if sequence is None else sequence.unflatten(-1, (directions, -1)).select(-2, d)
 
 
+def _state(states: Tensor | None, d: int) -> Tensor | None:
+    """That of direction d, (1, B, H)."""
+    return None if states is None else states[d : d + 1]
+
+
 def _join(states: list[Tensor]) -> Tensor:
-    return states[0].unsqueeze_(0) if len(states) == 1 else torch.stack(states)
+    return states[0] if len(states) == 1 else torch.cat(states)
 
 
 def _extend(sequence: Tensor, steps: int) -> Tensor:

@@ -136,14 +136,15 @@ def plain(tensor: Tensor, dtype: torch.dtype, cuda: bool = False) -> bool:
 
 def all_plain(tensors: Iterable[Tensor | None], dtype: torch.dtype, cuda: bool = False) -> bool:
     """`plain` of every tensor: in one call, as a call costs as much as what it asks of a tensor."""
+    types, strided = PLAIN_TYPES, torch.strided
     for tensor in tensors:
-        if tensor is not None and not (
-            type(tensor) in PLAIN_TYPES
-            and tensor.dtype is dtype
-            and (tensor.is_cuda if cuda else tensor.is_cpu)
-            and tensor.layout is torch.strided
-            and not tensor.is_nested
-            and not tensor.is_neg()
+        if tensor is not None and (
+            type(tensor) not in types
+            or tensor.dtype is not dtype
+            or not (tensor.is_cuda if cuda else tensor.is_cpu)
+            or tensor.layout is not strided
+            or tensor.is_nested
+            or tensor.is_neg()
         ):
             return False
     return True
