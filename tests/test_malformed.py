@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import SEQUENCES, pair
+from models import CELLS, SEQUENCES, pair
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -65,6 +65,42 @@ def test_missing_parameters():
             call()
     with pytest.raises(RuntimeError, match="bias_hh_l0 of the GRU must be a Tensor, got None"):
         gru.step(x[0])
+
+
+@pytest.mark.parametrize(("ours", "torchs"), CELLS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_cells(ours, torchs, bias):
+    """Torch's ops take gates apart that are not there, of an hx with three axes or weights with too few rows."""
+    cell = pair(ours, torchs, 3, 1, bias, dtype=torch.float32)[0]
+    name = ours.__name__.removesuffix("Cell").lower()
+    function, x, hx = getattr(fastseq, f"{name}_cell"), torch.randn(1, 3), torch.zeros(1, 1)
+    hx = (hx, hx) if name == "lstm" else hx
+
+    def weights():
+        return cell.weight_ih, cell.weight_hh, *((cell.bias_ih, cell.bias_hh) if bias else ())
+
+    with pytest.raises(RuntimeError, match="hidden0 must have 2 dimensions, got 3"):
+        cell(x[0], hx)
+    with pytest.raises(RuntimeError, match="hidden0 must have 2 dimensions, got 3"):
+        function(x, tuple(s[None] for s in hx) if name == "lstm" else hx[None], *weights())
+    parameters = dict(cell.named_parameters())
+    for fewer in (0, 2):  # all of them, so that they fit each other
+        for name, weight in parameters.items():
+            setattr(cell, name, nn.Parameter(torch.zeros(fewer, *weight.shape[1:])))
+        for call in (lambda: cell(x), lambda: cell(x, hx), lambda: function(x, hx, *weights())):
+            with pytest.raises(RuntimeError, match="w_ih must have . rows"):
+                call()
+    for name, weight in parameters.items():
+        setattr(cell, name, weight)
+    for name, weight in parameters.items():
+        for wrong in (weight[None], weight[0], torch.cat((weight, weight)), weight.double(), weight.to("meta")):
+            setattr(cell, name, nn.Parameter(wrong.detach()))
+            for call in (lambda: cell(x), lambda: cell(x[0]), lambda: function(x, hx, *weights())):
+                with pytest.raises(
+                    RuntimeError, match=r"(w_ih|w_hh|b_ih|b_hh) must have|input_size|hidden_size|tensors are"
+                ):
+                    call()
+        setattr(cell, name, weight)
 
 
 PACKED = {

@@ -115,4 +115,4 @@ class GRUCell(CellModule, nn.GRUCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: see the class."""
         result = self._step(GRU_CELL, input, hx, None)
-        return self._torchs(input, hx) if result is None else result[0]
+        return self._step_of_torch(GRU_CELL, input, hx, hx, None) if result is None else result[0]

@@ -120,7 +120,7 @@ class LSTMCell(CellModule, nn.LSTMCell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One step: see the class."""
-        result = None
+        result = h = c = None
         if hx is None:
             result = self._step(LSTM_CELL, input, None, None)
         elif isinstance(hx, tuple | list):
@@ -128,4 +128,4 @@ class LSTMCell(CellModule, nn.LSTMCell):
                 checks.check_state_pair("lstm_cell", hx)
             h, c = hx
             result = None if h is None or c is None else self._step(LSTM_CELL, input, h, c)
-        return self._torchs(input, hx) if result is None else result
+        return self._step_of_torch(LSTM_CELL, input, hx, h, c) if result is None else result

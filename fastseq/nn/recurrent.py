@@ -446,7 +446,7 @@ class CellModule(DropIn, PacksWeights):
         if packed is not None and packed.frozen and not support.is_compiling():
             panels = self._frozen_panels(packed, cell, input, weights)
         result = run_step(cell, input, h, c, weights, panels)
-        if result is None and support.transformed() and input.dim() == 2:
+        if result is None and support.transformed() and checks.step_misfit(cell, input, h, c, weights) is None:
             return composite.step(cell, input, h, c, weights)
         return result
 
@@ -458,6 +458,22 @@ class CellModule(DropIn, PacksWeights):
         h, c = (None if s is None else s.unsqueeze(0) for s in (h, c))
         result = self._step(cell, input.unsqueeze(0), h, c)
         return None if result is None else tuple(None if s is None else s.squeeze(0) for s in result)
+
+    def _step_of_torch(self, cell: Cell, input: Tensor, hx: Any, h: Tensor | None, c: Tensor | None) -> Any:
+        """torch's forward, whose op gets only what fits: of gates of other sizes it reads parts that are not there."""
+        node = self._node(input, hx)
+        if node is not None:
+            return node
+        if not support.is_compiling():  # the compiler takes the op apart into checked ones
+            x = input
+            if isinstance(input, Tensor) and input.dim() == 1:
+                x, h, c = (s.unsqueeze(0) if isinstance(s, Tensor) else s for s in (input, h, c))
+            misfit = checks.step_misfit(cell, x, h, c, (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh))
+            if misfit is not None:
+                with _UntilOp(cell.step_op.__name__, misfit):
+                    self._torch_class.forward(self, input, hx)
+                raise RuntimeError(misfit)
+        return self._torch_class.forward(self, input, hx)
 
     def _frozen_panels(self, packed: PackedWeights, cell: Cell, input: Tensor, weights: Direction) -> Any:
         route, backend = support.route((input, *weights))

@@ -118,7 +118,8 @@ class RNNCell(CellModule, nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: see the class."""
-        result = None
-        if self.nonlinearity == "tanh" or self.nonlinearity == "relu":
-            result = self._step(TANH if self.nonlinearity == "tanh" else RELU, input, hx, None)
-        return self._torchs(input, hx) if result is None else result[0]
+        if self.nonlinearity != "tanh" and self.nonlinearity != "relu":
+            return self._torchs(input, hx)  # which says so
+        cell = TANH if self.nonlinearity == "tanh" else RELU
+        result = self._step(cell, input, hx, None)
+        return self._step_of_torch(cell, input, hx, hx, None) if result is None else result[0]

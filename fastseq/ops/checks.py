@@ -202,8 +202,42 @@ def check_sequence(cell: Cell, input: Tensor, h_0: Tensor | None, c_0: Tensor | 
     check_steps(input, input.shape[0])
 
 
+def step_misfit(cell: Cell, x: object, h: object, c: object, weights: Sequence[object]) -> str | None:
+    """What is wrong with the arguments of a step, in torch's words; None where all is right."""
+    named = {"input": x, "h": h, "c": c, **dict(zip(("w_ih", "w_hh", "b_ih", "b_hh"), weights, strict=True))}
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("input", "w_ih", "w_hh")):
+            return f"{name} must be a Tensor, got {type(tensor).__name__}"
+    w_ih, w_hh, *biases = weights
+    for name, tensor in (("input", x), ("w_ih", w_ih), ("w_hh", w_hh)):
+        if tensor.dim() != 2:
+            return f"{name} must have 2 dimensions, got {tensor.dim()}"
+    (batch, inputs), hidden = x.shape, w_hh.shape[1]
+    if inputs != w_ih.shape[1]:
+        return f"input has inconsistent input_size: got {inputs} expected {w_ih.shape[1]}"
+    for i, state in enumerate((h, c)):
+        if state is None:
+            continue
+        if state.dim() > 0 and state.shape[0] != batch:
+            return f"Input batch size {batch} doesn't match hidden{i} batch size {state.shape[0]}"
+        if state.dim() > 1 and state.shape[1] != hidden:
+            return f"hidden{i} has inconsistent hidden_size: got {state.shape[1]}, expected {hidden}"
+        if state.dim() != 2:
+            return f"hidden{i} must have 2 dimensions, got {state.dim()}"
+    rows = cell.gates * hidden
+    for name, tensor in (("w_ih", w_ih), ("w_hh", w_hh)):
+        if tensor.shape[0] != rows:
+            return f"{name} must have {rows} rows, {cell.gates} * H, got {tensor.shape[0]}"
+    for name, tensor in zip(("b_ih", "b_hh"), biases, strict=True):
+        if tensor is not None and tensor.shape != (rows,):
+            return f"{name} must have shape ({rows},), got {tuple(tensor.shape)}"
+    if c is not None and c.device == x.device:  # of any dtype: torch promotes
+        c = None
+    return unlike((x, h, c, *weights), 3)
+
+
 def check_step(input: object, h: object, weights: Direction) -> None:
-    """The arguments of fastseq.rnn_cell, lstm_cell and gru_cell: tensors. Torch's own op names wrong sizes."""
+    """The arguments of fastseq.rnn_cell, lstm_cell and gru_cell: tensors."""
     check_tensor("input", input)
     check_tensor("hx", h)
     for key, tensor in zip(("w_ih", "w_hh", "b_ih", "b_hh"), weights, strict=True):

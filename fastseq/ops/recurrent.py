@@ -133,6 +133,8 @@ def run_cell(cell: Cell, x: Tensor, h: Tensor, c: Tensor | None, weights: Direct
     result = run_step(cell, x, h, c, weights)
     if result is not None:
         return result
+    if not support.is_compiling() and (misfit := checks.step_misfit(cell, x, h, c, weights)):
+        raise RuntimeError(misfit)
     if support.transformed():
         return composite.step(cell, x, h, c, weights)
     result = cell.step_op(x, (h, c) if cell.has_c else h, *weights)
