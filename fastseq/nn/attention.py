@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastseq.nn.drop_in import DropIn
 from fastseq.nn.packed_weights import PacksWeights
-from fastseq.ops import linear, support
+from fastseq.ops import checks, linear, support
 from fastseq.ops.attention import scaled_dot_product_attention
 from fastseq.ops.attention_call import Attention
 from fastseq.ops.attention_function import apply_self_attention, attend, self_attention
@@ -243,12 +243,15 @@ class MultiheadAttention(DropIn, PacksWeights, nn.MultiheadAttention):
         if backend is None:
             if support.symbolic():
                 return None
+            checks.check_devices((*tensors, *masks))
             # Without masks there is no row that torch's forward gives another result for. It lacks forward-mode AD.
             if not (masks or support.transformed()) or not support.composes((*tensors, *masks)):
                 return None
         elif not all(support.plain(m, m.dtype, m.is_cuda) and m.device == query.device for m in masks):
             return None
         if (is_causal and attn_mask is None) or not self._fits(query, key, value, key_padding_mask, attn_mask):
+            return None
+        if not self._parameters_fit(weights, in_bias, out_weight, out_bias, bias_k, bias_v):
             return None
         if not hasattr(backend, "pack_linear"):
             backend = None  # a GPU's: its kernels serve the attention alone, which finds them by itself
@@ -273,6 +276,33 @@ class MultiheadAttention(DropIn, PacksWeights, nn.MultiheadAttention):
             return False
         heads = math.prod(batch) * self.num_heads
         return attn_mask is None or tuple(attn_mask.shape) in ((queries, keys), (heads, queries, keys))
+
+    def _parameters_fit(
+        self,
+        weights: list[Tensor | None],
+        in_bias: Tensor | None,
+        out_weight: Tensor | None,
+        out_bias: Tensor | None,
+        bias_k: Tensor | None,
+        bias_v: Tensor | None,
+    ) -> bool:
+        """True where all parameters have the shapes that the module gave them: of others, other heads would be made."""
+        size = self.embed_dim
+        if out_weight is None or out_weight.shape != (size, size) or any(w is None for w in weights):
+            return False
+        if self._qkv_same_embed_dim:
+            fit = weights[0].shape == (3 * size, size)
+        else:
+            q, k, v = weights
+            fit = q.shape == (size, size) and k.shape == (size, self.kdim) and v.shape == (size, self.vdim)
+        fit = (
+            fit
+            and (in_bias is None or in_bias.shape == (3 * size,))
+            and (out_bias is None or out_bias.shape == (size,))
+        )
+        if bias_k is None and bias_v is None:
+            return fit
+        return fit and bias_k is not None and bias_v is not None and bias_k.shape == bias_v.shape == (1, 1, size)
 
     def _projections(self, call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values with all heads side by side, in as few products as their inputs allow."""

@@ -138,6 +138,17 @@ def unlike(tensors: Sequence[Tensor | None], others: int) -> str | None:
     return None
 
 
+def check_devices(tensors: Sequence[Tensor | None]) -> None:
+    """All must be on one device. Torch's ops compute something of meta tensors beside others."""
+    device = tensors[0].device
+    for tensor in tensors:
+        if tensor is not None and tensor.device != device:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, "
+                f"but found at least two devices, {device} and {tensor.device}!"
+            )
+
+
 def check_states(input: Tensor, states: Sequence[Tensor | None], or_float32: bool = False) -> None:
     """Dtype and device of initial states, where torch's own op does not look at them."""
     for state in states:
