@@ -12,22 +12,61 @@ Example:
 
 from __future__ import annotations
 
+from types import FunctionType
+from typing import Any
+
+import torch
 from torch import nn
 
 from fastseq.nn.gru import GRUSequences
 from fastseq.nn.lstm import LSTMSequences
+from fastseq.nn.recurrent import SequenceModule
 from fastseq.nn.rnn import RNNSequences
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
 
-class RNN(RNNSequences, nn.RNN):
+def _left_alone(function: FunctionType) -> Any:
+    """The same function, which torch.compile leaves alone with all that it calls.
+
+    A call of an nn.LSTM ends a graph of torch.compile. But it would then compile what the forward calls, a dozen
+    fragments that slow each other down; in torch's own forward it knows not to. torch.compiler.disable, with the same
+    effect, imports the compiler, which takes a second.
+    """
+    copy = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__, copy.__doc__, copy.__annotations__ = (
+        function.__kwdefaults__,
+        function.__doc__,
+        function.__annotations__,
+    )
+    copy.__qualname__, copy.__module__ = function.__qualname__, function.__module__
+    eval_frame = torch._C._dynamo.eval_frame
+    try:
+        skip = eval_frame._FrameAction.SKIP
+        eval_frame.set_code_exec_strategy(copy.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    except AttributeError:  # details of torch
+        return torch.compiler.disable(function)
+    return copy
+
+
+class _Sequences:
+    forward = _left_alone(SequenceModule.forward)
+    step = _left_alone(SequenceModule.step)
+
+
+class RNN(_Sequences, RNNSequences, nn.RNN):
     """`fastseq.RNN` as a subclass of `torch.nn.RNN`."""
 
 
-class LSTM(LSTMSequences, nn.LSTM):
+class LSTM(_Sequences, LSTMSequences, nn.LSTM):
     """`fastseq.LSTM` as a subclass of `torch.nn.LSTM`."""
 
 
-class GRU(GRUSequences, nn.GRU):
+class GRU(_Sequences, GRUSequences, nn.GRU):
     """`fastseq.GRU` as a subclass of `torch.nn.GRU`."""
