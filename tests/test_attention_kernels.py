@@ -51,7 +51,7 @@ DIMS = (1, 8, 40, 64, 80, 96, 128, 256)
 def test_self_attention(S, D, dtype):
     if dtype == torch.float64 and S * D > 127 * 128:
         pytest.skip("longdouble would take seconds; the same code serves float32")
-    for options in ({}, {"is_causal": True}, {"lse": True}):
+    for options in ({}, {"is_causal": True, "lse": True}):
         check(Case(1, 2, 2, S, S, D, D, **options), dtype)
 
 

@@ -175,9 +175,9 @@ struct AttentionForward {
       if (begin >= end) continue;
       const int64_t key = G::floor(begin), columns = G::ceil(end) - key;
       scores.prefetch(first + row, count, key, end - key);
-      multiply<Before::kIgnored>(
-          count, columns / G::kColumns, p.head_dim, Left<O>{queries.data + row * queries.row, queries.row, 1},
-          Right<O>{slot + key * key_depth, key_depth * G::kColumns, G::kColumns}, s.scores, kRow);
+      multiply_in_blocks(count, columns / G::kColumns, p.head_dim,
+                         Left<O>{queries.data + row * queries.row, queries.row, 1},
+                         Right<O>{slot + key * key_depth, key_depth * G::kColumns, G::kColumns}, s.scores, kRow);
       fill(s.next, Scratch::kRows, -T(__builtin_inff()));
       for (int64_t m = 0; m < count; ++m) {
         T* s_row = s.scores + m * kRow;

@@ -138,34 +138,10 @@ struct QueryBlock {
       const int64_t begin = G::floor(Window::clamp(seen.begin - key, 0, columns));
       const int64_t seen_end = Window::clamp(seen.end - key, begin, columns), end = G::ceil(seen_end);
       T *weight = weights + row * kTileRow + begin, *score = scores + row * kTileRow + begin;
-      const Left<O> q_rows{loaded.q.data + row * loaded.q.row, loaded.q.row, 1};
-      const Left<O> dout_rows{loaded.dout.data + row * loaded.dout.row, loaded.dout.row, 1};
-      bool streamed = false;
-      if constexpr (kWidened) {
-        streamed = few_queries(p);
-        if (streamed) {
-          dot_streamed(q_rows.data, q_rows.row, count, p.head_dim, k_rows + begin * p.k.row_stride, p.k.row_stride,
-                       seen_end - begin, weight, kTileRow);
-          dot_streamed(dout_rows.data, dout_rows.row, count, p.value_dim, v_rows + begin * p.v.row_stride,
-                       p.v.row_stride, seen_end - begin, score, kTileRow);
-          for (int64_t m = 0; m < count; ++m) {
-            fill(weight + m * kTileRow + seen_end - begin, end - seen_end, T(0));
-            fill(score + m * kTileRow + seen_end - begin, end - seen_end, T(0));
-          }
-        }
-      }
-      if (!streamed) {
-        const int64_t panels = (end - begin) / G::kColumns;
-        const int64_t key_depth = panel_depth<O>(p.head_dim), value_depth = panel_depth<O>(p.value_dim);
-        multiply<Before::kIgnored>(count, panels, p.head_dim, q_rows,
-                                   Right<O>{keys + begin * key_depth, key_depth * G::kColumns, G::kColumns}, weight,
-                                   kTileRow);
-        multiply<Before::kIgnored>(count, panels, p.value_dim, dout_rows,
-                                   Right<O>{values + begin * value_depth, value_depth * G::kColumns, G::kColumns},
-                                   score, kTileRow);
-        if constexpr (!kWidened)
-          for (int64_t m = 0; m < count; ++m) scale_row(weight + m * kTileRow, end - begin, T(p.scale));
-      }
+      product(loaded.q, row, count, p.head_dim, keys, k_rows, p.k.row_stride, begin, seen_end, end, weight);
+      product(loaded.dout, row, count, p.value_dim, values, v_rows, p.v.row_stride, begin, seen_end, end, score);
+      if constexpr (!kWidened)
+        for (int64_t m = 0; m < count; ++m) scale_row(weight + m * kTileRow, end - begin, T(p.scale));
       for (int64_t i = row; i < row + count; ++i) {
         differentiate_row(of, first, i, key, begin, end);
         T* const tiles[] = {weights, scores, bias_scores};
@@ -183,6 +159,22 @@ struct QueryBlock {
   }
 
  private:
+  // Products of the rows [row, row + count) with the keys [begin, seen_end) of a tile, 0 from there to `end`.
+  void product(const Left<O>& of, int64_t row, int64_t count, int64_t depth, const Element* panels, const S* stored,
+               int64_t stride, int64_t begin, int64_t seen_end, int64_t end, T* out) const {
+    const Left<O> rows{of.data + row * of.row, of.row, 1};
+    if constexpr (kWidened)
+      if (few_queries(p)) {
+        dot_streamed(rows.data, rows.row, count, depth, stored + begin * stride, stride, seen_end - begin, out,
+                     kTileRow);
+        for (int64_t m = 0; m < count; ++m) fill(out + m * kTileRow + seen_end - begin, end - seen_end, T(0));
+        return;
+      }
+    const int64_t panel = panel_depth<O>(depth);
+    multiply_in_blocks(count, (end - begin) / G::kColumns, depth, rows,
+                       Right<O>{panels + begin * panel, panel * G::kColumns, G::kColumns}, out, kTileRow);
+  }
+
   Left<O> by_key(const T* tile, int64_t i, int64_t j) const {
     return {(const O*)(tile + i / kDepth * kTileRow + j), kDepth, kTileRow};
   }
@@ -198,14 +190,18 @@ struct QueryBlock {
         return;
       }
     for (int64_t i = 0; i < rows; i += lanes) {
-      Vec<T> sum(T(0));
+      Vec<T> total(T(0)), sum(T(0));
       for (int64_t c = 0; c < p.value_dim; c += lanes) {
         Vec<T> gradient[lanes], value[lanes];
         load_transposed(dout_rows + i * p.dout.row_stride + c, p.dout.row_stride, rows - i, p.value_dim - c, gradient);
         load_transposed(out_rows + i * p.out.row_stride + c, p.out.row_stride, rows - i, p.value_dim - c, value);
         for (int64_t k = 0; k < min(lanes, p.value_dim - c); ++k) sum = fma(gradient[k], value[k], sum);
+        if ((c + lanes) % kBlock == 0) {
+          total = total + sum;
+          sum = Vec<T>(T(0));
+        }
       }
-      store_first(delta + i, sum, rows - i);
+      store_first(delta + i, total + sum, rows - i);
     }
   }
 

@@ -62,6 +62,16 @@ void multiply(int64_t rows, int64_t panels, int64_t depth, Left<O> a, Right<O> b
       });
 }
 
+// A product over any depth, without what C had before: sums over blocks of kBlock terms are added up, as in gemm.h.
+template <class O>
+void multiply_in_blocks(int64_t rows, int64_t panels, int64_t depth, Left<O> a, Right<O> b, Compute<O>* c,
+                        int64_t c_row) {
+  multiply<Before::kIgnored>(rows, panels, min(kBlock, depth), a, b, c, c_row);
+  for (int64_t k = kBlock; k < depth; k += kBlock)
+    multiply<Before::kAdded>(rows, panels, min(kBlock, depth - k), Left<O>{a.data + k * a.step, a.row, a.step},
+                             Right<O>{b.data + k / PanelOf<O>::kDepth * b.step, b.panel, b.step}, c, c_row);
+}
+
 // ---- operands from rows of storage
 
 // Rows times `scale`, with zeros up to the next multiple of kColumns columns.

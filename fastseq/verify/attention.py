@@ -85,6 +85,8 @@ SHAPES = (
     (1, 2, 1, 1, 1000, 128, 128),
     (3, 8, 2, 1, 65, 96, 1),
 )
+# Features beyond a block of 256 of the sums over them, also where keys are streamed.
+LONG_SUMS = ((1, 2, 1, 33, 65, 601, 513), (1, 2, 1, 3, 65, 513, 601))
 
 
 def cases(dtype: str) -> Iterator[Case]:
@@ -111,6 +113,9 @@ def cases(dtype: str) -> Iterator[Case]:
             plain, float_mask="BNLS", bool_mask="LS", lengths="qk", is_causal=True, lower_right=True, window=(40, 0),
             softcap=3.0, alibi=True, dropout_p=0.1, lse=True,
         )  # fmt: skip
+    for shape in LONG_SUMS:
+        yield Case(*shape)
+        yield Case(*shape, is_causal=True, heads_inside=True)
     yield Case(2, 4, 2, 63, 129, 64, 64, logits=60.0)
     yield Case(2, 4, 2, 63, 129, 64, 64, logits=60.0, is_causal=True, float_mask="NLS")
     if dtype != "float64":  # large enough for a team of threads, too large for longdouble

@@ -51,6 +51,11 @@ class Comparison(NamedTuple):
         return self.verdict.ok and self.trusted
 
 
+def exact_dtype(dtype: torch.dtype) -> type:
+    """What the reference runs in for kernels of `dtype`."""
+    return np.longdouble if dtype == torch.float64 else np.float64
+
+
 def compare(
     family: Family,
     backend,
@@ -69,7 +74,7 @@ def compare(
     the verdict, and the other four are left out.
     """
     inputs = replace(family.make_inputs(case, dtype, seed), **replaced)
-    reference = family.reference_results(case, inputs, np.longdouble if dtype == torch.float64 else np.float64)
+    reference = family.reference_results(case, inputs, exact_dtype(dtype))
     inputs = _on(device, inputs)
     forms = list(permutations(family.free_axes(case)))
 
