@@ -170,16 +170,25 @@ struct AttentionBackward {
       const Range seen = scores.window.keys_of(first, rows);
       const bool one_tile = seen.end <= G::floor(seen.begin) + kKeyBlock;
       const typename Block::Rows loaded = s.block.load_rows(extent, b, n, first, rows, !one_tile);
+      const auto each_tile = [&](const auto& visit) __attribute__((always_inline)) {
+        for (int64_t key = G::floor(seen.begin); key < seen.end; key += kKeyBlock)
+          visit(key, min(key + kKeyBlock, seen.end), row_of<const S>(p.k, b, head % p.kv_heads, extent.k_start + key));
+      };
+      if (s.block.rounds_lse(rows)) {
+        each_tile([&](int64_t key, int64_t end, const S* k_rows) {
+          s.block.add_probabilities(scores, loaded, first, rows, key, G::ceil(end) - key,
+                                    operands.keys + key * panel_depth<O>(p.head_dim), k_rows);
+        });
+        s.block.correct_lse(rows);
+      }
       typename BiasGradient<S>::Turn turn{};
       if (p.dbias) turn = bias.start_unit(b, head % p.kv_heads, unit, sums.dbias);
       fill(s.dq, rows * layout.key_row, T(0));
-      for (int64_t key = G::floor(seen.begin); key < seen.end; key += kKeyBlock) {
-        const int64_t end = min(key + kKeyBlock, seen.end);
-        add_tile(scores, loaded, first, rows, key, end, operands,
-                 row_of<const S>(p.k, b, head % p.kv_heads, extent.k_start + key),
+      each_tile([&](int64_t key, int64_t end, const S* k_rows) {
+        add_tile(scores, loaded, first, rows, key, end, operands, k_rows,
                  row_of<const S>(p.v, b, head % p.kv_heads, extent.k_start + key), sums, s);
         if (p.dbias) bias.add(turn, scores, s.block, first, rows, key, end);
-      }
+      });
       if (p.dbias) bias.finish_unit(turn, extent, b, n, first, rows);
       if (!p.dq.data) continue;
       for (int64_t i = 0; i < rows; ++i)

@@ -158,6 +158,38 @@ struct QueryBlock {
     }
   }
 
+  // One double says a large lse with an error that makes the probabilities of a row add up to 1 + |lse| eps: enough to
+  // be most of what dV errs by. There they are added up once more, and the log of their sum corrects lse.
+  static constexpr double kLargeLse = 8;
+  bool rounds_lse(int64_t rows) const {
+    if constexpr (std::is_same_v<T, double>)
+      for (int64_t i = 0; i < rows; ++i)
+        if (__builtin_fabs(lse[i]) > kLargeLse && __builtin_isfinite(lse[i])) return true;
+    return false;
+  }
+
+  // Adds up the probabilities of a tile, as `differentiate` has it, in lse_rest.
+  void add_probabilities(const Scores<S>& of, const Rows& loaded, int64_t first, int64_t rows, int64_t key,
+                         int64_t columns, const Element* keys, const S* k_rows) const {
+    const EvenSplit split(rows, G::kRows);
+    for (int64_t t = 0; t < split.parts; ++t) {
+      const int64_t row = split.begin(t), count = split.count(t);
+      const Range seen = of.window.keys_of(first + row, count);
+      const int64_t begin = G::floor(Window::clamp(seen.begin - key, 0, columns));
+      const int64_t seen_end = Window::clamp(seen.end - key, begin, columns), end = G::ceil(seen_end);
+      product(loaded.q, row, count, p.head_dim, keys, k_rows, p.k.row_stride, begin, seen_end, end,
+              weights + row * kTileRow + begin);
+      for (int64_t i = row; i < row + count; ++i) {
+        T* const weight = weights + i * kTileRow + begin;
+        of.apply(first + i, key + begin, end - begin, weight);
+        lse_rest[i] += exponentiate(weight, end - begin, lse[i]);
+      }
+    }
+  }
+  void correct_lse(int64_t rows) const {
+    for (int64_t i = 0; i < rows; ++i) lse_rest[i] = lse_rest[i] > 0 ? T(__builtin_log(double(lse_rest[i]))) : T(0);
+  }
+
  private:
   // Products of the rows [row, row + count) with the keys [begin, seen_end) of a tile, 0 from there to `end`.
   void product(const Left<O>& of, int64_t row, int64_t count, int64_t depth, const Element* panels, const S* stored,
