@@ -66,13 +66,14 @@ struct AttentionBackward {
     backward.operands = (T*)allocate(elements * int64_t(sizeof(T)));
     if (!backward.operands) return kOutOfMemory;
     if (p.dbias && backward.bias.allocate_turns() != kOk) {
+      backward.bias.release_turns();
       release(backward.operands);
       return kOutOfMemory;
     }
     backward.sums = backward.operands + operands * backward.operand_elements;
     backward.scratch = backward.sums + sums * backward.sum_elements;
     parallel(threads, [](void* context, const Team& team) { ((AttentionBackward*)context)->work(team); }, &backward);
-    release(backward.bias.turns);
+    backward.bias.release_turns();
     release(backward.operands);
     return kOk;
   }
