@@ -123,18 +123,26 @@ struct WeightGradient {
       }
   }
 
+  // Sums of 16 rows, of 16 of these, and so on: over 8192 rows, blocks of 128 erred three times as much as torch's
+  // sums.
+  static constexpr int kLevels = 4;
+  static constexpr int64_t kLevelSums = 16;
+
   void biases(const Team& team, bool input, S* db) const {
     for (int64_t panel = layout.panels * team.rank / team.size; panel < layout.panels * (team.rank + 1) / team.size;
          ++panel)
       for (int term = 0; term < Cell::kTerms; ++term)
         for (int64_t lane = 0; lane < layout.units(panel); lane += L::kLanes) {
-          V total(0);
-          for (int64_t row = 0; row < rows; row += kRowBlock) {
-            V sum(0);
-            for (int64_t k = row; k < min(rows, row + kRowBlock); ++k)
-              sum = sum + load(gradients(input, panel, k) + term * L::kUnits + lane);
-            total = total + sum;
+          V level[kLevels] = {V(0), V(0), V(0), V(0)};
+          for (int64_t row = 0; row < rows;) {
+            level[0] = level[0] + load(gradients(input, panel, row) + term * L::kUnits + lane);
+            int64_t sums = ++row;
+            for (int l = 1; l < kLevels && sums % kLevelSums == 0; ++l, sums /= kLevelSums) {
+              level[l] = level[l] + level[l - 1];
+              level[l - 1] = V(0);
+            }
           }
+          const V total = (level[0] + level[1]) + (level[2] + level[3]);
           store_first(db + gate(input, term) * layout.H + panel * L::kUnits + lane, total, layout.units(panel) - lane);
         }
   }
