@@ -7,9 +7,14 @@ namespace fastseq::FASTSEQ_ISA {
 
 namespace {
 
-// sums[m * NR + i] = dot(w row i, a row m) over `depth`, for NR weight rows x MR input rows; lanes run along K.
+// Longer sums are taken in blocks of so many terms: a lane of the baseline then adds 256 at most.
+constexpr int64_t kDotBlock = 1024;
+
+// sums[m * NR + i] = dot(w row i, a row m) over the terms [begin, end), for NR weight rows x MR input rows; lanes run
+// along K.
 template <int NR, int MR, class S>
-FASTSEQ_INLINE void dot_tile(const S* const (&w)[NR], const S* const (&a)[MR], int64_t depth, Compute<S>* sums) {
+FASTSEQ_INLINE void dot_tile(const S* const (&w)[NR], const S* const (&a)[MR], int64_t begin, int64_t end,
+                             Compute<S>* sums) {
   using V = Vec<Compute<S>>;
   V acc[MR * NR];
   FASTSEQ_UNROLL for (int i = 0; i < MR * NR; ++i) acc[i] = V(0);
@@ -21,9 +26,9 @@ FASTSEQ_INLINE void dot_tile(const S* const (&w)[NR], const S* const (&a)[MR], i
       FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) acc[m * NR + i] = fma(weight, row[m], acc[m * NR + i]);
     }
   };
-  int64_t k = 0;
-  for (; k + V::kLanes <= depth; k += V::kLanes) step([k](const S* p) { return load(p + k); });
-  if (k < depth) step([k, depth](const S* p) { return load_first(p + k, depth - k); });
+  int64_t k = begin;
+  for (; k + V::kLanes <= end; k += V::kLanes) step([k](const S* p) { return load(p + k); });
+  if (k < end) step([k, end](const S* p) { return load_first(p + k, end - k); });
   FASTSEQ_UNROLL for (int m = 0; m < MR; ++m) sum_lanes(reinterpret_cast<V(&)[NR]>(acc[m * NR]), sums + m * NR);
 }
 
@@ -36,8 +41,12 @@ void dot_column(const S* const* rows, int64_t depth, const S* w, const S* bias, 
   for (int64_t first = 0; first < units; first += NR) {
     const S* weight[NR];
     FASTSEQ_UNROLL for (int i = 0; i < NR; ++i) weight[i] = w + min(first + i, units - 1) * depth;
-    Compute<S> sums[MR * NR];
-    dot_tile<NR, MR>(weight, a, depth, sums);
+    Compute<S> sums[MR * NR] = {};
+    for (int64_t k = 0; k < depth; k += kDotBlock) {
+      Compute<S> part[MR * NR];
+      dot_tile<NR, MR>(weight, a, k, min(depth, k + kDotBlock), part);
+      for (int i = 0; i < MR * NR; ++i) sums[i] = sums[i] + part[i];
+    }
     const int64_t count = min(NR, units - first);
     for (int m = 0; m < MR; ++m)
       for (int64_t i = 0; i < count; ++i) {
