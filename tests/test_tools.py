@@ -310,3 +310,82 @@ def test_our_classes_under_torchs_names():
                     F.scaled_dot_product_attention(x, x, x)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(text)], check=True)
+
+
+PER_SAMPLE = {
+    "rnn_cell": lambda: nn.RNNCell(8, 8),
+    "gru_cell": lambda: nn.GRUCell(8, 8),
+    "lstm_cell": lambda: nn.LSTMCell(8, 8),
+}
+
+
+@pytest.mark.parametrize("name", PER_SAMPLE)
+def test_per_sample_gradients_of_cells(name):
+    """With the states given. Where none is, torch's cells raise, and a tool may have left it out."""
+    torch.manual_seed(0)
+    torchs = PER_SAMPLE[name]().double()
+    ours = fastseq.fuse(copy.deepcopy(torchs))
+    paired = name == "lstm_cell"
+    x, h, c = torch.randn(3, 4, 8, dtype=torch.float64)
+
+    def loss(parameters, x, *states):
+        states = tuple(s.unsqueeze(0) for s in states)
+        hx = () if not states else (states,) if paired else states
+        return flat(torch.func.functional_call(ours, parameters, (x.unsqueeze(0), *hx)))[0].sin().sum()
+
+    parameters = dict(ours.named_parameters())
+    states = (h, c) if paired else (h,)
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, *(0 for _ in states)))(parameters, x, *states)
+    for i in range(4):
+        out = torchs(x[i : i + 1], (h[i : i + 1], c[i : i + 1]) if paired else h[i : i + 1])
+        wanted = torch.autograd.grad(flat(out)[0].sin().sum(), list(torchs.parameters()))
+        assert_close([g[i] for g in found.values()], list(wanted))
+    without = torch.func.vmap(torch.func.grad(loss), (None, 0))
+    if paired:
+        assert without(parameters, x)["weight_ih"].shape == (4, 32, 8)
+    else:
+        with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):
+            without(parameters, x)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_hooks_see_activations_and_their_gradients(name):
+    """What tools for per-sample gradients, pruning or attribution compute from."""
+    seen = []
+    for model in make(name, False)[:2]:
+        kept = []
+        layer = model.train(False).layer
+
+        def after(_, args, out, kept=kept):
+            kept.extend(flat([t for t in (*args, *(out if isinstance(out, tuple) else (out,))) if t is not None]))
+
+        def back(_, dx, dy, kept=kept):
+            kept.extend(t for t in dx + dy if t is not None)
+
+        layer.register_forward_hook(after)
+        layer.register_full_backward_hook(back)
+        flat(model(make(name, False)[2]))[0].sin().sum().backward()
+        seen.append(kept)
+    assert_close(*seen, "float32")
+
+
+class Stepped(nn.Module):
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x):
+        h = torch.zeros(x.shape[0], 8)
+        for x_t in x.unbind(1):
+            h = self.cell(x_t, h)
+        return h
+
+
+@pytest.mark.parametrize("name", ["rnn_cell", "gru_cell"])
+def test_opacus(name):
+    """Its gradients of modules of its own are right or torch's error is seen: it calls a cell with its first input."""
+    grad_sample = pytest.importorskip("opacus.grad_sample", reason="opacus is not installed")
+    for cell in (PER_SAMPLE[name](), fastseq.fuse(PER_SAMPLE[name]())):
+        model = grad_sample.GradSampleModule(Stepped(cell))
+        with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):
+            model(torch.randn(4, 3, 8)).sum().backward()

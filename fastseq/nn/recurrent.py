@@ -447,6 +447,10 @@ class CellModule(DropIn, PacksWeights):
             panels = self._frozen_panels(packed, cell, input, weights)
         result = run_step(cell, input, h, c, weights, panels)
         if result is None and support.transformed() and checks.step_misfit(cell, input, h, c, weights) is None:
+            # Per-sample gradients without a state: torch's cells raise, and are to. Opacus calls so a cell that its
+            # model called with one, and takes the gradients of zeros for its own; a pair of results it refuses.
+            if h is None and not cell.has_c and support.batched():
+                return None
             return composite.step(cell, input, h, c, weights)
         return result
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace
 from torch.overrides import _get_current_function_mode_stack
@@ -106,6 +107,11 @@ def foreign_function_modes() -> bool:
 def transformed() -> bool:
     """True inside torch.func transforms and under forward-mode AD."""
     return bool(transforms_active()) or forward_ad._current_level >= 0
+
+
+def batched() -> bool:
+    """True inside torch.func.vmap, whatever is inside or outside of that."""
+    return not is_compiling() and any(i.key() == TransformType.Vmap for i in get_interpreter_stack() or ())
 
 
 def symbolic() -> bool:
