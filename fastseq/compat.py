@@ -15,13 +15,13 @@ from __future__ import annotations
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastseq.nn.gru import GRUSequences
 from fastseq.nn.lstm import LSTMSequences
 from fastseq.nn.recurrent import SequenceModule
 from fastseq.nn.rnn import RNNSequences
+from fastseq.ops.support import inlined
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -30,8 +30,7 @@ def _left_alone(function: FunctionType) -> Any:
     """The same function, which torch.compile leaves alone with all that it calls.
 
     A call of an nn.LSTM ends a graph of torch.compile. But it would then compile what the forward calls, a dozen
-    fragments that slow each other down; in torch's own forward it knows not to. torch.compiler.disable, with the same
-    effect, imports the compiler, which takes a second.
+    fragments that slow each other down; in torch's own forward it knows not to.
     """
     copy = FunctionType(
         function.__code__.replace(),
@@ -46,13 +45,7 @@ def _left_alone(function: FunctionType) -> Any:
         function.__annotations__,
     )
     copy.__qualname__, copy.__module__ = function.__qualname__, function.__module__
-    eval_frame = torch._C._dynamo.eval_frame
-    try:
-        skip = eval_frame._FrameAction.SKIP
-        eval_frame.set_code_exec_strategy(copy.__code__, eval_frame._FrameExecStrategy(skip, skip))
-    except AttributeError:  # details of torch
-        return torch.compiler.disable(function)
-    return copy
+    return inlined(copy)
 
 
 class _Sequences:

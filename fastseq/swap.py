@@ -97,7 +97,7 @@ def fuse(model: Model, *, compilable: bool = False) -> Model:
     Args:
         model: any module; may itself be such a layer.
         compilable: False keeps `isinstance(m, nn.LSTM)` true (`fastseq.compat.LSTM`); torch.compile leaves such layers
-            out of its graphs. True sets `fastseq.LSTM`, which derives from nn.RNNBase and compiles.
+            out of its graphs, as torch's. True sets `fastseq.LSTM`, which derives from nn.RNNBase and compiles.
 
     Returns:
         The model.

@@ -8,11 +8,13 @@ import pytest
 import torch
 from cases import LONG
 from models import MODULES, assert_close, flat, gradients, make
+from torch import nn
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
 from fastseq import backends
-from fastseq.ops import CELLS, graph
+from fastseq.ops import CELLS, graph, support
 
 if backends.select() is None:
     pytest.skip("the kernels are not built", allow_module_level=True)
@@ -155,3 +157,44 @@ def test_transforms_around_a_graph(name, transform):
     call, x = CALLS[name]()
     transformed = TRANSFORMS[transform]
     assert_close(transformed(torch.compile(call, backend="eager"))(x), transformed(call)(x))
+
+
+# ---- outside the graph
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@torch._dynamo.config.patch(allow_rnn=True)
+def test_fused_layers_inside_the_graph(name):
+    """Where Dynamo is told to take torch's."""
+    module = fastseq.fuse(getattr(nn, name)(I, H, 2, bidirectional=True, dtype=torch.float64))
+    x = random(T, B, I).requires_grad_()
+    compiled = torch.compile(lambda x: module(x), backend="aot_eager", fullgraph=True)
+    found, wanted = flat(compiled(x)), flat(module(x))
+    leaves = [x, *module.parameters()]
+    assert_close([*found, *gradients(found, leaves)], [*wanted, *gradients(wanted, leaves)])
+
+
+OUTSIDE = {
+    "plain": {},
+    "lengths and reset": {"lengths": torch.tensor([2, 3]), "reset": MASK[:, :2], "return_states": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("options", OUTSIDE)
+def test_no_decision_for_a_graph_is_used_outside_it(options, packed):
+    """The layer runs outside the graph, and what it calls is compiled each on its own."""
+    options = OUTSIDE[options]
+    module, x = fastseq.GRU(I, H, dtype=torch.float64), random(T, B, I)
+    if packed:
+        x, options = pack_padded_sequence(x, [3, 2]), {}
+    wanted = flat(module(x, **options))
+    module.forward = torch.compiler.disable(module.forward, recursive=False)
+    assert_close(flat(torch.compile(lambda x: module(x, **options), backend="eager")(x)), wanted)
+
+
+def test_who_computes_outside_a_graph():
+    ask = torch.compiler.disable(lambda x: support.route((x,)), recursive=False)
+    route, backend = torch.compile(lambda x: ask(x + 1), backend="eager")(random(T))
+    assert (route, backend) == (support.Route.KERNELS, backends.select())

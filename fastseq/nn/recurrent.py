@@ -68,6 +68,8 @@ class SequenceModule(DropIn, PacksWeights):
         packed, data, batch = isinstance(input, PackedSequence), input, None
         if packed:
             checks.check_not_packed(lengths=lengths, reset=reset)
+            if support.is_compiling() and not torch.compiler.is_exporting():
+                return self._forward_outside(input, hx, return_states=return_states)
             data, batch = input.data, checks.check_packed(input)
         beyond_torch = lengths is not None or reset is not None or return_states
         cell, weights, states = self._cell, self._weights(), self._states(hx)
@@ -93,10 +95,8 @@ class SequenceModule(DropIn, PacksWeights):
         if route is Route.KERNELS and not beyond_torch and self._replaced():
             route = Route.TORCH
         if route is not Route.KERNELS:
-            if support.is_compiling() and (packed or route is Route.TORCH) and not torch.compiler.is_exporting():
-                # Outside the graph, as torch runs its own classes.
-                forward = torch.compiler.disable(type(self).forward)
-                return forward(self, input, hx, lengths=lengths, reset=reset, return_states=return_states)
+            if support.is_compiling() and route is Route.TORCH and not torch.compiler.is_exporting():
+                return self._forward_outside(input, hx, lengths=lengths, reset=reset, return_states=return_states)
             if not beyond_torch and route is Route.TORCH:
                 return self._torch_class.forward(self, input, hx)
         keeps_panels = route is Route.KERNELS and hasattr(backend, "pack") and not needs_grad(*tensors)
@@ -104,6 +104,10 @@ class SequenceModule(DropIn, PacksWeights):
         if packed:
             return self._forward_packed(cell, input, states, run)
         return self._forward_padded(cell, data, states, lengths, reset, run)
+
+    def _forward_outside(self, *args: Any, **options: Any) -> tuple:
+        """`forward` outside the graph, as torch runs its own classes."""
+        return torch.compiler.disable(type(self).forward)(self, *args, **options)
 
     def _forward_padded(
         self,

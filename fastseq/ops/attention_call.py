@@ -268,6 +268,7 @@ def check_packed(
     return q, k
 
 
+@support.inlined
 def _cumulative(name: str, cu_seqlens: Integers, total: int, device: torch.device) -> Packed:
     if support.is_compiling() and not isinstance(cu_seqlens, Tensor):
         cu_seqlens = torch.tensor(cu_seqlens, device="cpu")

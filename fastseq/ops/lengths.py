@@ -32,6 +32,7 @@ def packed_rows(batch_sizes: Tensor) -> Rows:
     return Rows(None, batch_sizes, None, batch_sizes.shape[0], True)
 
 
+@support.inlined
 def padded_rows(lengths: Tensor | Sequence[int] | int, steps: int, batch: int, device: torch.device) -> Rows | None:
     """Checks `lengths` and sorts them. None where every sequence has full length.
 
@@ -63,6 +64,7 @@ def padded_rows(lengths: Tensor | Sequence[int] | int, steps: int, batch: int, d
     )
 
 
+@support.inlined
 def row_lengths(
     name: str, lengths: Tensor | Sequence[int] | int, most: int, what: str, batch: int, device: torch.device
 ) -> Tensor | None:
@@ -91,6 +93,7 @@ def row_lengths(
     return None if (values == most).all() else torch.from_numpy(values)
 
 
+@support.inlined
 def readable(lengths: Tensor) -> bool:
     """True where Python may look at the values."""
     # A subclass with a dispatch of its own may have no memory; FakeTensor is one. A trace would keep them as constants.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from types import ModuleType, SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.utils._device import DeviceContext
 
 from fastseq import backends
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
 CUDA_DTYPES = DTYPES | {torch.float16}
 PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
@@ -93,6 +94,23 @@ _has_storage = getattr(torch._C, "_has_storage", lambda _: False)
 _saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
 
+_frames = torch._C._dynamo.eval_frame
+
+
+def inlined(function: Function) -> Function:
+    """Lets torch.compile have a function, and what it calls, only as a part of a caller that it compiles.
+
+    Where the caller runs outside a graph, Dynamo compiles the functions that it calls each on its own, in which
+    `is_compiling` is true: what they decide for a graph would be used outside it. Told to Dynamo by the code object, as
+    `torch.compiler.disable` breaks the graphs of callers, costs every call microseconds and imports the compiler, which
+    takes a second.
+    """
+    if hasattr(_frames, "_FrameExecStrategy"):  # a detail of torch; without it graphs are right, but more and smaller
+        skip = _frames._FrameAction.SKIP
+        _frames.set_code_exec_strategy(function.__code__, _frames._FrameExecStrategy(skip, skip))
+    return function
+
+
 def saving_hooks() -> bool:
     """True under `torch.autograd.graph.saved_tensors_hooks`, which checkpointing and offloading use."""
     return _saving_hooks(True) is not None
@@ -119,6 +137,7 @@ def symbolic() -> bool:
     return _fx._is_fx_tracing_flag and not is_compiling()
 
 
+@inlined
 def observed() -> bool:
     """True where something must see torch's own calls: a compiler, a transform, a mode, a tracer, autocast."""
     return bool(
@@ -156,6 +175,7 @@ def all_plain(tensors: Iterable[Tensor | None], dtype: torch.dtype, cuda: bool =
     return True
 
 
+@inlined
 def composes(tensors: Iterable[Tensor | None]) -> bool:
     """True where torch ops of ours may stand for one of torch's functions: no subclass or mode is there to see that
     function called, and the tensors fit together."""
@@ -202,6 +222,7 @@ def kernels_selected(cuda: bool) -> bool:
 kernels_selected._dynamo_marked_constant = True  # what torch._dynamo.assume_constant_result does, without its import
 
 
+@inlined
 def route(
     tensors: Sequence[Tensor | None], states: Sequence[Tensor | None] = (), *, cuda: bool = False
 ) -> tuple[Route, ModuleType | None]:
