@@ -75,12 +75,19 @@ def checker(build_check):
 )
 def test_teams(checker, variable):
     name, value = variable.split("=")
-    most = value if name == "OMP_THREAD_LIMIT" else "16"
+    assert run_checker(checker, value if name == "OMP_THREAD_LIMIT" else "16", **{name: value}) == (0, "")
+
+
+def test_waiting_takes_little_time_of_a_processor(checker):
+    assert run_checker(checker) == (0, "")
+
+
+def run_checker(checker, *arguments, **variables):
     environment = {key: text for key, text in os.environ.items() if not key.startswith(("OMP_", "LD_PRELOAD"))}
     result = subprocess.run(
-        [checker, most], env=environment | {name: value}, capture_output=True, text=True, timeout=120, check=False
+        [checker, *arguments], env=environment | variables, capture_output=True, text=True, timeout=120, check=False
     )
-    assert (result.returncode, result.stdout) == (0, "")
+    return result.returncode, result.stdout
 
 
 @pytest.mark.parametrize("variable", ["OMP_THREAD_LIMIT=2", "OMP_THREAD_LIMIT=3", "OMP_DYNAMIC=true"])

@@ -1,7 +1,9 @@
 // The thread team seen from C++, where regions can be nested and teams are known. Prints what failed; built by
 // test_threads.py together with csrc/cpu/threads.cpp.
 #include <omp.h>
+#include <sched.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -62,7 +64,73 @@ static void nested(void* context, const Team& team) {
   team.wait();
 }
 
-int main(int, char** arguments) {
+// CPU time of this thread, in seconds: no measure of how busy the machine is.
+static double cpu_time() {
+  timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+struct Waits {
+  double cpu[kMost] = {};
+  int size = 0;
+  Progress progress;
+};
+
+// All but one wait for one that sleeps: at a barrier, then for its progress.
+static void wait_for_a_sleeper(void* context, const Team& team) {
+  Waits& w = *static_cast<Waits*>(context);
+  const timespec pause = {0, 150'000'000};
+  team.wait();
+  const double start = cpu_time();
+  if (team.rank == 0) {
+    w.size = team.size;
+    nanosleep(&pause, nullptr);
+    team.wait();
+    nanosleep(&pause, nullptr);
+    w.progress.set(1);
+  } else {
+    team.wait();
+    w.progress.wait(1);
+    w.cpu[team.rank] = cpu_time() - start;
+  }
+}
+
+// All threads on one core: of those that wait at a barrier, none can be let through by one that runs.
+static void share_a_core(void* context, const Team& team) {
+  Waits& w = *static_cast<Waits*>(context);
+  cpu_set_t all, one;
+  sched_getaffinity(0, sizeof all, &all);
+  CPU_ZERO(&one);
+  for (int cpu = 0; CPU_COUNT(&one) == 0; ++cpu)
+    if (CPU_ISSET(cpu, &all)) CPU_SET(cpu, &one);
+  sched_setaffinity(0, sizeof one, &one);
+  if (team.rank == 0) w.size = team.size;
+  team.wait();
+  const double start = cpu_time();
+  for (int step = 0; step < 500; ++step) team.wait();
+  w.cpu[team.rank] = cpu_time() - start;
+  sched_setaffinity(0, sizeof all, &all);
+}
+
+// What waiting costs where the others come late.
+static int check_waits() {
+  Waits sleeper;
+  parallel(4, wait_for_a_sleeper, &sleeper);
+  expect(sleeper.size == 4, "four threads");
+  for (double cpu : sleeper.cpu) expect(cpu < 0.02, "waiting for 0.3 s takes less than 0.02 s of CPU time");
+
+  Waits shared;
+  parallel(4, share_a_core, &shared);
+  expect(shared.size == 4, "four threads");
+  double total = 0;
+  for (double cpu : shared.cpu) total += cpu;
+  expect(total < 0.06, "500 barriers of four threads on one core take less than 0.06 s of CPU time");
+  return failures != 0;
+}
+
+int main(int count, char** arguments) {
+  if (count == 1) return check_waits();
   const int most = std::atoi(arguments[1]);  // what OMP_THREAD_LIMIT allows
   for (int threads : {-1, 0, 1, 2, 3, 4, 7, 16}) {
     const int size = run_rounds(threads);

@@ -19,13 +19,16 @@ struct Team {
 };
 
 // How far a thread has come, for the others of its team to wait on.
-struct Progress {
-  int64_t steps = 0;
-
+class Progress {
+ public:
+  int64_t steps() const { return __atomic_load_n(&state_, __ATOMIC_ACQUIRE) >> 1; }
   // Says that so many steps are done, and shows all writes before it to those who have waited for them.
-  void set(int64_t done) { __atomic_store_n(&steps, done, __ATOMIC_RELEASE); }
+  void set(int64_t done);
   // Returns once so many steps or more are done.
-  void wait(int64_t done) const;
+  void wait(int64_t done);
+
+ private:
+  int64_t state_ = 0;  // twice the steps, and 1 while a thread sleeps until they change
 };
 
 // Runs body(context, team) on a team of at most `threads`, and returns when all have finished. Inline with a team of
