@@ -3,7 +3,6 @@
 import copy
 import functools
 import pickle
-import sys
 import threading
 from contextlib import ExitStack, nullcontext
 from contextvars import copy_context
@@ -17,7 +16,7 @@ from models import assert_close
 from torch import nn
 
 import fastseq
-from fastseq import hugging_face, sdpa_patch
+from fastseq import sdpa_patch
 
 sdpa_kernels = fastseq.sdpa_kernels
 TORCHS = F.scaled_dot_product_attention
@@ -350,47 +349,3 @@ def test_pickles_and_copies():
         kept = F.scaled_dot_product_attention
         assert pickle.loads(pickle.dumps(kept)) is copy.deepcopy(kept) is kept
     assert kept.__name__ == TORCHS.__name__
-
-
-def test_hugging_face():
-    transformers = pytest.importorskip("transformers")
-    hugging_face.register()
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    outs = []
-    tokens, mask = torch.randint(64, (2, 7)), torch.ones(2, 7, dtype=torch.int64)
-    mask[1, :3] = 0
-    for name in ("sdpa", "fastseq"):
-        torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM._from_config(config, attn_implementation=name).eval()
-        with torch.no_grad():
-            outs.append([model(tokens).logits, model(tokens, attention_mask=mask).logits[:, 3:]])
-            options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-            outs[-1].append(model.generate(tokens, attention_mask=mask, **options))
-    assert_close(*outs, "float32")
-
-
-def test_hugging_face_attention():
-    module, q = nn.Module(), torch.randn(2, 4, 5, 8)
-    k, v = torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
-    out, weights = hugging_face.attention_forward(module, q, k, v, None, scaling=0.3, softcap=2.0)
-    assert weights is None
-    options = {"scale": 0.3, "softcap": 2.0, "enable_gqa": True, "is_causal": True}
-    assert_close(out, fastseq.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2), "float32")
-    assert out.is_contiguous()
-    out, _ = hugging_face.attention_forward(module, q[:, :, :1], k, v, None)  # one query sees the whole cache
-    assert_close(out, TORCHS(q[:, :, :1], k, v, enable_gqa=True).transpose(1, 2), "float32")
-    module.is_causal = False
-    out, _ = hugging_face.attention_forward(module, q, k, v, torch.ones(2, 1, 5, 9, dtype=torch.bool))
-    assert_close(out, TORCHS(q, k, v, enable_gqa=True).transpose(1, 2), "float32")
-    with pytest.raises(ValueError, match="no attention sinks"):
-        hugging_face.attention_forward(module, q, k, v, None, s_aux=torch.ones(4))
-
-
-def test_hugging_face_is_missing(monkeypatch):
-    for name in ("transformers", "transformers.masking_utils", "transformers.modeling_utils"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r"needs transformers 4.53 or later"):
-        hugging_face.register()
