@@ -16,6 +16,7 @@ from fastseq import info, verify
 from fastseq.char_lm import LAYERS, TextError
 
 USAGE_ERROR = 2
+MOST_THREADS = 1024
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,6 +30,13 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
     return int(text)
+
+
+def _threads(text: str) -> int:
+    count = _count(text)
+    if count > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"expected at most {MOST_THREADS}, got '{text}'")
+    return count
 
 
 def _parser() -> _Parser:
@@ -56,7 +64,7 @@ def _parser() -> _Parser:
         "--output", type=Path, default=Path("fastseq-bench.html"), metavar="HTML", help="default: %(default)s"
     )
     for command in (check, demo):
-        command.add_argument("--threads", type=_count, metavar="N", help="default: torch's own choice")
+        command.add_argument("--threads", type=_threads, metavar="N", help="default: torch's own choice")
     return parser
 
 
@@ -112,6 +120,8 @@ def _unwritable(path: Path) -> str:
     folder = path.parent
     if path.is_dir():
         return f"cannot write {path}: it is a folder"
+    if path.exists() and not os.access(path, os.W_OK):
+        return f"cannot write {path}: it is not writable"
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         return f"cannot write {path}: {folder} is not a writable folder"
     return ""

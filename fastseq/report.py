@@ -10,9 +10,11 @@ import io
 import json
 import math
 import statistics
-from dataclasses import dataclass, field
+import sys
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import jinja2
 from matplotlib.figure import Figure
@@ -158,15 +160,72 @@ class Share:
         return self.median < self.floor
 
 
+_RECORD = {
+    "benchmarks": list[dict[str, Any]],
+    "machine_info": {"fastseq": {"processor": str, "processors_usable": int, "torch": str}},
+    "commit_info": {"id": str | None, "dirty": bool},
+    "datetime": str,
+}
+_POSITIVE = ("threads", "batch", "fma_peak", "median", "torch_median", "ratio", "rounds", "share_of_peak")
+
+
+def check(value: Any, wanted: Any, name: str = "the record") -> None:
+    """`value`, out of JSON, must be of a type, or a dict with the entries that `wanted` has. ValueError says what is
+    not."""
+    if isinstance(wanted, dict):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} must be an object, got {value!r:.80}")
+        for key, kind in wanted.items():
+            if key not in value:
+                raise ValueError(f"{name} has no {key!r}")
+            check(value[key], kind, key)
+    elif not _is(value, wanted):
+        raise ValueError(f"{name} must be {getattr(wanted, '__name__', wanted)}, got {value!r:.80}")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if kind is float:  # a finite one, and not an integer too large for one
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if origin is UnionType:
+        return any(_is(value, a) for a in arguments)
+    if origin is tuple:
+        return isinstance(value, list) and len(value) == len(arguments) and all(map(_is, value, arguments))
+    if origin is list:
+        return isinstance(value, list) and all(_is(v, arguments[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is(v, arguments[1]) for v in value.values())
+    return type(value) is kind
+
+
+def row_of(facts: dict[str, Any]) -> Row:
+    """A case of the record out of its facts. ValueError says what is wrong with them."""
+    kinds = get_type_hints(Row)
+    if unknown := facts.keys() - kinds.keys():
+        raise ValueError(f"unknown facts of a case: {', '.join(sorted(unknown))}")
+    optional = {f.name for f in fields(Row) if f.default is not MISSING or f.default_factory is not MISSING}
+    check(facts, {name: kind for name, kind in kinds.items() if name in facts or name not in optional}, "a case")
+    row = Row(**facts)
+    for name in _POSITIVE:
+        if not getattr(row, name) > 0:
+            raise ValueError(f"{name} must be positive, got {getattr(row, name)!r}")
+    for name, known in (("module", MODULES), ("mode", MODES)):
+        if getattr(row, name) not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(row, name)!r:.80}")
+    return row
+
+
 def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     """The record as it is and its cases in the order of the page. Raises RecordError."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        rows = [Row(**bench["extra_info"]) for bench in record["benchmarks"]]
-        record["machine_info"]["fastseq"], record["commit_info"], record["datetime"]
+        check(record, _RECORD)
+        rows = [row_of(bench["extra_info"]) for bench in record["benchmarks"]]
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"{path} is no record of `pytest bench --benchmark-json=FILE`: {error}") from error
     if not rows:
         raise RecordError(f"{path} has no benchmarks")

@@ -387,4 +387,6 @@ def free_axes(case: Case) -> dict[str, int]:
     return sizes if placed else sizes | {"L": case.queries, "S": case.keys}
 
 
-FAMILY = Family(cases, make_inputs, reference_results, torch_results, kernel_results, AXES, free_axes)
+FAMILY = Family(
+    "attention_forward", cases, make_inputs, reference_results, torch_results, kernel_results, AXES, free_axes
+)

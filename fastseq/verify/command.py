@@ -55,9 +55,11 @@ def verify(
     isas: Sequence[str],
     case_done: Callable[[], None] = lambda: None,
 ) -> list[Row]:
-    """Run every case of every combination with the kernels of `native`, a module like `fastseq.backends.native` or, for
-    all ops but layer_norm and the one ISA "cuda", `fastseq.backends.cuda`.
+    """Run every case of every combination with the kernels of `native`, a module like `fastseq.backends.native` or,
+    with the one ISA "cuda", `fastseq.backends.cuda`. NothingToVerify names the ops that it has no kernels for.
     """
+    if missing := _unserved(native, ops):
+        raise NothingToVerify(f"{', '.join(missing)}: no kernels in {native.__name__}")
     rows = {key: Row(*key) for key in product(ops, isas, dtypes)}
     device = "cuda" if "cuda" in isas else "cpu"
     for op, dtype in product(ops, dtypes):
@@ -69,6 +71,10 @@ def verify(
                     row.failures.append(f"{found.kernel}, {case}: {found.verdict}")
             case_done()
     return list(rows.values())
+
+
+def _unserved(backend, ops: Sequence[str]) -> list[str]:
+    return [op for op in ops if not hasattr(backend, FAMILIES[op].function)]
 
 
 def run(
@@ -88,9 +94,12 @@ def run(
         raise NothingToVerify(f"{', '.join(missing)}: not available here, only {', '.join(available)}")
     ops, dtypes, isas = ops or tuple(FAMILIES), dtypes or tuple(DTYPES), isas or available
     runs = [(native, ops, [isa for isa in isas if isa != "cuda"])]
+    unserved = _unserved(cuda, ops) if "cuda" in isas else []
     if "cuda" in isas:
-        runs.append((cuda, [op for op in ops if op != "layer_norm"], ["cuda"]))
+        runs.append((cuda, [op for op in ops if op not in unserved], ["cuda"]))
     runs = [(backend, names, sets) for backend, names, sets in runs if names and sets]
+    if not runs:
+        raise NothingToVerify(f"{', '.join(unserved)}: no kernels in {cuda.__name__}")
 
     console = Console(highlight=False)
     columns = TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -122,6 +131,8 @@ def run(
         "\nbound    2 torch's + 4 eps max|reference|; no single computation may err by more than 4 torch's + the same",
         soft_wrap=True,
     )
+    if unserved:
+        console.print(f"no kernels in {cuda.__name__} for {', '.join(unserved)}", soft_wrap=True)
     for row in rows:
         for failure in row.failures[:SHOWN_FAILURES]:
             console.print(f"[red]FAILED[/] {row.op} {row.isa} {row.dtype}: {failure}", soft_wrap=True)

@@ -150,4 +150,6 @@ def free_axes(case: Case) -> dict[str, int]:
     return {"T": case.steps, "B": case.batch, "N": case.features}
 
 
-FAMILY = Family(cases, make_inputs, reference_results, torch_results, kernel_results, AXES, free_axes)
+FAMILY = Family(
+    "layer_norm_forward", cases, make_inputs, reference_results, torch_results, kernel_results, AXES, free_axes
+)

@@ -108,4 +108,4 @@ def free_axes(case: Case) -> dict[str, int]:
     return {"K": case.inputs, "N": case.outputs}
 
 
-FAMILY = Family(cases, make_inputs, reference_results, torch_results, kernel_results, AXES, free_axes)
+FAMILY = Family("linear_forward", cases, make_inputs, reference_results, torch_results, kernel_results, AXES, free_axes)

@@ -351,6 +351,7 @@ def free_axes(case: Case) -> dict[str, int]:
 def family(cell: str) -> Family:
     """The kernels of a cell."""
     return Family(
+        "recurrent_forward",
         cases,
         partial(make_inputs, cell),
         partial(reference_results, cell),
