@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -89,7 +89,10 @@ dispatch_modes = _guard("_len_torch_dispatch_stack")
 function_modes = _guard("_len_torch_function_stack")
 tracing = _guard("_get_tracing_state")
 any_autocast = _guard("_is_any_autocast_enabled")
-_fx = _symbolic_trace if hasattr(_symbolic_trace, "_is_fx_tracing_flag") else SimpleNamespace(_is_fx_tracing_flag=True)
+# A flag of the module up to torch 2.13, one of each thread behind a function since.
+fx_tracing = getattr(
+    _symbolic_trace, "_get_is_fx_tracing", lambda: getattr(_symbolic_trace, "_is_fx_tracing_flag", True)
+)
 _has_storage = getattr(torch._C, "_has_storage", lambda _: False)
 _saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
@@ -134,7 +137,7 @@ def batched() -> bool:
 
 def symbolic() -> bool:
     """True while torch.fx traces a model, by calling it with no values."""
-    return _fx._is_fx_tracing_flag and not is_compiling()
+    return fx_tracing() and not is_compiling()
 
 
 @inlined
@@ -147,7 +150,7 @@ def observed() -> bool:
         or dispatch_modes()
         or (function_modes() and foreign_function_modes())
         or tracing() is not None
-        or _fx._is_fx_tracing_flag
+        or fx_tracing()
         or any_autocast()
     )
 
