@@ -86,7 +86,10 @@ def test_layernorm_equals_torch(shape):
     leaves = [leaf(a) for a in (x, gamma, beta)]
     expected = F.layer_norm(leaves[0], shape[-1:], *leaves[1:], eps=1e-3)
     assert_layer_equals_torch(out, reference.layernorm_backward(dout, cache), expected, leaves, dout)
+    course, _ = reference.layernorm_forward(x, gamma, beta, {"eps": 1e-3})
+    assert np.array_equal(course, out)
     default, _ = reference.layernorm_forward(x, gamma, beta)
+    assert np.array_equal(reference.layernorm_forward(x, gamma, beta, {})[0], default)
     torch_default = F.layer_norm(
         *(torch.from_numpy(a) for a in (x,)), shape[-1:], *map(torch.from_numpy, (gamma, beta))
     )
