@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from malformed_calls import Call, checked, is_packed, random_call
+from malformed_call import Call, checked
+from malformed_calls import is_packed, random_call
 
 from fastseq import backends
 
