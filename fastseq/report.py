@@ -222,6 +222,8 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         check(record, _RECORD)
+        for bench in record["benchmarks"]:
+            check(bench, {"extra_info": dict[str, Any]}, "a benchmark")
         rows = [row_of(bench["extra_info"]) for bench in record["benchmarks"]]
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error.strerror}") from error

@@ -1,6 +1,7 @@
 """The benchmarks run, with tiny shapes, and `fastseq report` makes a page of their record; no time is judged here."""
 
 import base64
+import dataclasses
 import json
 import os
 import re
@@ -146,6 +147,25 @@ def test_no_record(text, tmp_path, capsys):
         read(path)
     assert main(["report", str(path), "--output", str(tmp_path / "page.html")]) == 2
     assert "fastseq report: error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ({}, "a benchmark has no 'extra_info'"),
+        ({"extra_info": 3}, "extra_info must be"),
+        ({"extra_info": {}}, "a case has no"),
+        ({"extra_info": {"colour": "red"}}, "unknown facts of a case: colour"),
+        ({"extra_info": dataclasses.asdict(row(module="Elman"))}, "module must be one of"),
+    ],
+)
+def test_cases_that_cannot_be_read(case, message, tmp_path):
+    machine = {"fastseq": {"processor": "one", "processors_usable": 2, "torch": "2.13"}}
+    head = {"machine_info": machine, "commit_info": {"id": None, "dirty": False}, "datetime": "2026-01-01"}
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({"benchmarks": [case], **head}))
+    with pytest.raises(RecordError, match=message):
+        read(path)
 
 
 def test_report_refused(tmp_path, capsys):
