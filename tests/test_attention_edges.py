@@ -141,3 +141,16 @@ def test_negated_inputs(place):
     for options in ({}, {"window": (3, 1)}):
         assert_close(sdpa(*given, **options), sdpa(*(-t.imag for t in tensors), **options))
     assert_close(sdpa(*given[:3]), sdpa(*(-t.imag for t in tensors[:3])))
+
+
+@pytest.mark.parametrize("rows", [3, 5, 7, 12])
+@pytest.mark.parametrize("lead", [(2, 4), (4,), ()], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"dropout_p": 0.5}, {"enable_gqa": True}, {"softcap": 3.0}]
+)
+def test_keys_and_values_of_different_lengths(route, rows, lead, options):
+    """Torch's op does not ask: it reads past the values, and its backward writes past them."""
+    query, key = torch.randn(*lead, 3, 8), torch.randn(*lead, 6, 8)
+    value = torch.randn(*lead, rows, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match=rf"same number of rows, got a key of shape .*6, 8.* of shape .*{rows}, 8"):
+        fastseq.scaled_dot_product_attention(query, key, value, **options)

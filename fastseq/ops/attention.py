@@ -123,6 +123,7 @@ def scaled_dot_product_attention(
         out = _plain(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         if out is not None:
             return out
+    _check_rows(key, value)
     if plain and not is_causal and _causal_bias(attn_mask):
         alignment = _alignment(query, key, value, attn_mask)
         if alignment is not None:
@@ -236,6 +237,17 @@ def _keeps_layout(
         and not dropout_p
         and not (bias is not None and bias.requires_grad and torch.is_grad_enabled())
     )
+
+
+def _check_rows(key: object, value: object) -> None:
+    """As many rows in key as in value: torch's op reads and writes past the shorter one's memory instead of asking."""
+    if type(key) in support.PLAIN_TYPES and type(value) in support.PLAIN_TYPES:
+        strided = key.layout is value.layout is torch.strided and not (key.is_nested or value.is_nested)
+        if strided and min(key.dim(), value.dim()) >= 2 and key.shape[-2] != value.shape[-2]:
+            raise RuntimeError(
+                "key and value must have the same number of rows, "
+                f"got a key of shape {tuple(key.shape)} and a value of shape {tuple(value.shape)}"
+            )
 
 
 def _causal_bias(mask: object) -> bool:
