@@ -389,3 +389,37 @@ def test_opacus(name):
         model = grad_sample.GradSampleModule(Stepped(cell))
         with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):
             model(torch.randn(4, 3, 8)).sum().backward()
+
+
+def test_what_a_graph_keeps_can_be_read():
+    """By tools that draw it: no None among the tensors."""
+    x, mask = torch.randn(5, 3, 8), torch.zeros(5, 5)
+    large = torch.randn(1024, 1024, requires_grad=True)
+    calls = [
+        lambda: fastseq.LSTM(8, 8, bias=False)(x),
+        lambda: fastseq.GRU(8, 8)(x, lengths=[5, 2, 3]),
+        lambda: fastseq.RNN(8, 8)(x, torch.zeros(1, 3, 8)),
+        lambda: fastseq.GRUCell(8, 8)(x[0]),
+        lambda: fastseq.GRUCell(8, 8, bias=False)(x[0], x[1]),
+        lambda: fastseq.LSTMCell(8, 8)(x[0]),
+        lambda: fastseq.LSTMCell(8, 8)(x[0], (x[1], x[2])),
+        lambda: fastseq.MultiheadAttention(8, 2)(x, x, x, attn_mask=mask, need_weights=False)[0],
+        lambda: fastseq.TransformerEncoderLayer(8, 2, 16)(x),
+        lambda: fastseq.LayerNorm(1024, elementwise_affine=False)(large),
+        lambda: fastseq.layer_norm(large, (1024,), residual=large),
+        lambda: fastseq.scaled_dot_product_attention(*[large[None, None]] * 3, softcap=9.0),
+    ]
+    for call in calls:
+        nodes, seen = [t.grad_fn for t in flat(call())], set()
+        while nodes:
+            node = nodes.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                nodes += [after for after, _ in node.next_functions]
+                assert all(isinstance(t, Tensor) for t in getattr(node, "saved_tensors", ()))
+
+
+def test_torchviz():
+    torchviz = pytest.importorskip("torchviz", reason="torchviz is not installed")
+    for model, _, x in (make(name, False) for name in LAYERS):
+        torchviz.make_dot(flat(model(x))[0], show_saved=True, show_attrs=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastseq.backends.contract import Refused
 from fastseq.ops import attention_composite, support
 from fastseq.ops.attention_call import Attention
-from fastseq.ops.autograd import c_apply, composite_backward, needs_grad
+from fastseq.ops.autograd import c_apply, composite_backward, needs_grad, save, saved
 from fastseq.ops.kernel_calls import unit_stride
 
 _TENSORS = ("lengths_q", "lengths_k", "starts_q", "starts_k", "alibi_slopes")  # of an `Attention`
@@ -134,7 +134,7 @@ class AttentionFunction(torch.autograd.Function):
         # Those of the call too: a change in place is noticed, and checkpointing gives those of its second forward.
         plain = call.lengths_q is call.lengths_k is call.starts_q is call.alibi_slopes is None
         others = () if plain else tuple(getattr(call, name) for name in _TENSORS)
-        ctx.save_for_backward(q, k, v, bias, allowed, out, lse, *others)
+        save(ctx, q, k, v, bias, allowed, out, lse, *others)
         ctx.how = call, backend, seed
         return out, lse
 
@@ -143,7 +143,7 @@ class AttentionFunction(torch.autograd.Function):
         """Gradients of q, k, v and bias, None for those that need none."""
         if dout is None and dlse is None:
             return (None,) * 9
-        q, k, v, bias, allowed, out, lse, *others = ctx.saved_tensors
+        q, k, v, bias, allowed, out, lse, *others = saved(ctx)
         call, backend, seed = ctx.how
         if others:
             call = call._replace(**dict(zip(_TENSORS, others, strict=True)))

@@ -45,6 +45,18 @@ def c_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return function.apply
 
 
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """`ctx.save_for_backward` of those that are there: tools that read `grad_fn.saved_tensors` expect no None."""
+    ctx.given = [t is not None for t in tensors]
+    ctx.save_for_backward(*[t for t in tensors if t is not None])
+
+
+def saved(ctx: Any) -> list[Tensor | None]:
+    """What was given to `save`."""
+    found = iter(ctx.saved_tensors)
+    return [next(found) if given else None for given in ctx.given]
+
+
 def composite_backward(
     run: Callable[..., Sequence[Tensor | None]],
     inputs: tuple[Tensor | None, ...],

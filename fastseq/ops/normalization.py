@@ -12,7 +12,7 @@ from torch.nn.functional import layer_norm as torchs_layer_norm  # now: the name
 
 from fastseq.backends.contract import Refused
 from fastseq.ops import support
-from fastseq.ops.autograd import c_apply, composite_backward, needs_grad
+from fastseq.ops.autograd import c_apply, composite_backward, needs_grad, save, saved
 from fastseq.ops.checks import check_tensor
 from fastseq.ops.kernel_calls import contiguous, unit_stride
 from fastseq.ops.support import Route
@@ -210,7 +210,7 @@ class LayerNormFunction(torch.autograd.Function):
         """See the class."""
         y, z, mean, rstd = _forward(backend, eps, x, residual, weight, bias, True, True)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if residual is None else z, weight, bias, mean, rstd)
+        save(ctx, x if residual is None else z, weight, bias, mean, rstd)
         ctx.how = backend, eps
         return y, z
 
@@ -220,7 +220,7 @@ class LayerNormFunction(torch.autograd.Function):
         needs_x, needs_residual, *needs_affine = ctx.needs_input_grad[2:]
         if dy is None:
             return None, None, dz if needs_x else None, dz if needs_residual else None, None, None
-        z, weight, bias, mean, rstd = ctx.saved_tensors
+        z, weight, bias, mean, rstd = saved(ctx)
         backend, eps = ctx.how
         needs = (needs_x or needs_residual, *needs_affine)
         if support.kernels_differentiate((dy, dz)):
