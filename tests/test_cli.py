@@ -283,6 +283,12 @@ def test_demo_fails_where_the_losses_differ(text, tmp_path, monkeypatch, capsys)
     assert "FAILED: above 0.0001" in capsys.readouterr().out
 
 
+def test_demo_fails_where_no_kernels_run(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fastseq, "fuse", lambda model: model)
+    assert main(["demo", "--text", str(text), "--steps", "2", "--output", str(tmp_path / "out.png")]) == 1
+    assert "FAILED: the fused model ran no kernels" in capsys.readouterr().out
+
+
 def test_loss_difference():
     assert demo.loss_difference([1.0, 2.0], [1.0, 2.0]) == 0
     assert demo.loss_difference([1.0, 2.2], [1.0, 2.0]) == pytest.approx(0.1)
