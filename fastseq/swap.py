@@ -87,7 +87,8 @@ def fuse(model: Model, *, compilable: bool = False) -> Model:
     The modules stay the same objects with the same parameters, so hooks, optimizers, aliases and the root module itself
     survive. Swapped are nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell, nn.MultiheadAttention,
     nn.TransformerEncoderLayer and nn.TransformerDecoderLayer, with `torch.nn.utils.parametrize` too. Subclasses are
-    left alone, and so are layers whose `forward` was replaced on the instance: what they change is theirs.
+    left alone, and so are layers whose `forward` was replaced on the instance: what they change is theirs; and an LSTM
+    with proj_size, for which there are no kernels.
     `fuse_report(model)` tells what was swapped, what not, and why. Models that call
     `torch.nn.functional.scaled_dot_product_attention` themselves run inside `fastseq.sdpa_kernels()`.
 
@@ -119,7 +120,8 @@ def fuse(model: Model, *, compilable: bool = False) -> Model:
         restore(module)
         plain = _unparametrized(type(module))
         source = _TORCH.get(plain, plain)
-        if source in targets and "forward" not in vars(module) and source.forward is _FORWARDS[source]:
+        kept = "forward" not in vars(module) and source in targets and source.forward is _FORWARDS[source]
+        if kept and not getattr(module, "proj_size", 0):
             before = _label(type(module))
             # A fastseq.LSTM that the model was built with stays one; compilable=True also lifts fastseq.compat.LSTM.
             if plain is source or compilable:
@@ -261,4 +263,6 @@ def _why_left(module: nn.Module) -> str:
     base = next(base for base in cls.__mro__ if base in known)
     if cls.forward is not base.forward:
         return f"a subclass of {_label(base)} with its own forward"
+    if getattr(module, "proj_size", 0):
+        return "proj_size: the kernels have no projection"
     return f"a subclass of {_label(base)}"

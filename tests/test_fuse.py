@@ -269,3 +269,11 @@ def test_type_checks_of_models_hold():
     assert model[1].mode == "GRU"
     assert [row.name for row in fastseq.fuse_report(model).swapped] == ["0", "0.self_attn", "0.norm1", "0.norm2", "1"]
     assert type(fastseq.unfuse(fastseq.TransformerDecoderLayer(8, 2)).self_attn) is nn.MultiheadAttention
+
+
+def test_a_projection_is_left_alone():
+    """No kernel would run, and the report must not say otherwise."""
+    for compilable in (False, True):
+        model = fastseq.fuse(nn.Sequential(nn.LSTM(3, 4), nn.LSTM(3, 4, proj_size=2)), compilable=compilable)
+        assert type(model[1]) is nn.LSTM
+        assert [row.reason for row in fastseq.fuse_report(model).left] == ["proj_size: the kernels have no projection"]

@@ -65,14 +65,14 @@ SERVICE: tuple[Service, ...] = (
         "kernels with FASTSEQ_CUDA=on; not tested on a GPU yet",
     ),
     Service("other CUDA tensors; MPS, meta and sparse ones", "torch", "no kernels for them yet"),
-    Service("proj_size > 0", "torch", "no projection in the kernels"),
+    Service("proj_size > 0", "torch", "no projection in the kernels; fuse leaves such layers alone"),
     Service("cells: strided last axis, weights not contiguous", "torch", "a copy would cost as much as the step"),
     Service("an axis of size 0", "torch", "nothing to compute"),
     Service("autocast", "torch", "result dtypes are torch's, which differ by cell"),
     Service(
         "tensor subclasses, nested and FakeTensors, modes", "torch", "plain memory only; but causal biases: kernels"
     ),
-    Service("forward-mode AD, torch.func (vmap, grad, jvp, ...)", "torch ops", "for all cells and attention"),
+    Service("forward-mode AD, torch.func (vmap, grad, jvp, ...)", "torch ops", "for all cells and attention, within torch's limits"),
     Service("create_graph=True", "torch", "the kernels' backward cannot be differentiated"),
     Service("gradients given batched (is_grads_batched) or as subclasses", "torch", "as for inputs"),
 )
