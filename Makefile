@@ -31,8 +31,10 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
 
-# All of what `make test` takes a sample of, with every instruction set of this machine, and the sanitizers: hours.
+# All of what `make test` takes a sample of, with every instruction set of this machine, with the tools and models of
+# others, and the sanitizers: hours.
 test-long: $(READY)
+	$(PIP_INSTALL) -q opacus torchviz transformers
 	isas=$$($(BIN)/python -c 'from fastseq.backends import native; print(*native.isas())') && for isa in $$isas; do \
 		echo "FASTSEQ_ISA=$$isa"; \
 		FASTSEQ_LONG=1 FASTSEQ_ISA=$$isa OMP_NUM_THREADS=2 $(BIN)/python -m pytest || exit; \
