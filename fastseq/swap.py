@@ -92,6 +92,9 @@ def fuse(model: Model, *, compilable: bool = False) -> Model:
     `fuse_report(model)` tells what was swapped, what not, and why. Models that call
     `torch.nn.functional.scaled_dot_product_attention` themselves run inside `fastseq.sdpa_kernels()`.
 
+    A parametrization is evaluated once for each call of a layer, where torch's layers evaluate it two to five times. A
+    parametrization that changes itself notices: `spectral_norm` in training takes one step of its power iteration.
+
     torch.fx and torch.jit take a fused model as they take torch's; what torch.jit makes of it runs torch's ops. Before
     a whole model is pickled for a machine without fastseq, call `unfuse`. A state_dict needs no such care.
 
