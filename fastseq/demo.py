@@ -125,8 +125,9 @@ def draw(path: Path, runs: tuple[Run, Run], title: str) -> None:
 
 
 def run(source: Path | None, cell: str, steps: int, output: Path) -> int:
-    """Train, compare, sample, draw. Returns 0, or 1 if the losses differ by more than rounding explains, or if there are
-    kernels and the fused model does not run them.
+    """Train, compare, sample, draw.
+
+    Returns 0, or 1 if the losses differ by more than rounding explains, or if the fused model runs none of the kernels.
 
     Raises TextError for a text that cannot be used.
     """

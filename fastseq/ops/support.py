@@ -72,7 +72,11 @@ SERVICE: tuple[Service, ...] = (
     Service(
         "tensor subclasses, nested and FakeTensors, modes", "torch", "plain memory only; but causal biases: kernels"
     ),
-    Service("forward-mode AD, torch.func (vmap, grad, jvp, ...)", "torch ops", "for all cells and attention, within torch's limits"),
+    Service(
+        "forward-mode AD, torch.func (vmap, grad, jvp, ...)",
+        "torch ops",
+        "all cells and attention, with torch's limits",
+    ),
     Service("create_graph=True", "torch", "the kernels' backward cannot be differentiated"),
     Service("gradients given batched (is_grads_batched) or as subclasses", "torch", "as for inputs"),
 )
