@@ -129,7 +129,9 @@ class SequenceModule(DropIn, PacksWeights):
             states = tuple(None if s is None else s.unsqueeze(1) for s in states)
         elif batch_first:
             x, reset = data.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
-        rows = None if lengths is None else padded_rows(lengths, x.shape[0], x.shape[1], x.device)
+        rows = None
+        if lengths is not None:
+            rows = padded_rows(lengths, x.shape[0], x.shape[1], x.device, run.route is Route.GRAPH)
         call = Layer(
             cell, _REVERSE[self.bidirectional], rows, reset, run.return_states and cell.has_c, False, batch_first
         )

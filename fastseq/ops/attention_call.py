@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastseq.ops import checks, support
-from fastseq.ops.lengths import integers, readable, row_lengths
+from fastseq.ops.lengths import check_unread_integers, integers, row_lengths
+from fastseq.ops.limits import Limits, assured, in_graph, readable
 
 Integers = Tensor | Sequence[int]
 ALIGNMENTS = ("upper_left", "lower_right")
@@ -270,15 +271,22 @@ def check_packed(
 
 @support.inlined
 def _cumulative(name: str, cu_seqlens: Integers, total: int, device: torch.device) -> Packed:
-    if support.is_compiling() and not isinstance(cu_seqlens, Tensor):
-        cu_seqlens = torch.tensor(cu_seqlens, device="cpu")
-    if isinstance(cu_seqlens, Tensor) and not readable(cu_seqlens):
+    if not readable(cu_seqlens):
+        limits, checked = Limits(name, total, None), False
+        if not isinstance(cu_seqlens, Tensor):
+            cu_seqlens, checked = in_graph(limits, cu_seqlens)
+        check_unread_integers(name, cu_seqlens)
+        _check_bounds(name, tuple(cu_seqlens.shape))
         bounds = cu_seqlens.to(device=device, dtype=torch.int64)
+        bounds = bounds if checked else assured(limits, bounds)
         return Packed(bounds[:-1], bounds.diff(), total)
     bounds = integers(name, cu_seqlens).astype(np.int64)
-    if bounds.ndim != 1 or bounds.size < 1:
-        raise ValueError(f"{name} must have shape (B + 1,), got {bounds.shape}")
+    _check_bounds(name, bounds.shape)
+    Limits(name, int(total), None).check(bounds)  # under torch.jit.trace sizes are tensors
     lengths = np.diff(bounds)
-    if bounds[0] != 0 or bounds[-1] != total or (lengths < 0).any():
-        raise ValueError(f"{name} must rise from 0 to {total}, the total length, got {bounds.tolist()}")
     return Packed(torch.from_numpy(bounds[:-1].copy()), torch.from_numpy(lengths), int(lengths.max(initial=0)))
+
+
+def _check_bounds(name: str, shape: tuple[int, ...]) -> None:
+    if len(shape) != 1 or shape[0] < 1:
+        raise ValueError(f"{name} must have shape (B + 1,), got {shape}")

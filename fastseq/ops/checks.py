@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastseq.ops import support
-from fastseq.ops.lengths import readable
+from fastseq.ops.limits import readable, seen
 
 if TYPE_CHECKING:
     from torch.nn.utils.rnn import PackedSequence
@@ -63,9 +63,9 @@ def check_packed(packed: PackedSequence) -> int:
         raise RuntimeError(f"expected scalar type Long for batch_sizes but found {batch_sizes.dtype}")
     if batch_sizes.dim() != 1 or not batch_sizes.shape[0]:
         raise RuntimeError(f"batch_sizes must have shape (T,), T > 0, got {tuple(batch_sizes.shape)}")
-    if not readable(batch_sizes):
+    sizes = _values(batch_sizes)
+    if sizes is None:
         return int(batch_sizes[0])
-    sizes = batch_sizes.tolist()
     batch = sizes[0]
     if sizes[-1] < 1 or sizes != sorted(sizes, reverse=True):
         raise RuntimeError(f"batch_sizes must be positive and never rise, got {repr(sizes)}")
@@ -88,12 +88,18 @@ def _order(name: str, indices: object, batch: int, device: torch.device) -> list
         raise RuntimeError(f"{name} must have shape {(batch,)}, got {tuple(indices.shape)}")
     if indices.device != device:
         raise RuntimeError(f"Input and {name} are not at the same device, found {device} and {indices.device}")
-    if not indices.is_cpu or not readable(indices):
-        return None
-    order = indices.tolist()
-    if sorted(order) != list(range(batch)):
+    order = _values(indices) if indices.is_cpu else None
+    if order is not None and sorted(order) != list(range(batch)):
         raise RuntimeError(f"{name} must be a permutation of 0 .. {batch - 1}, got {repr(order)}")
     return order
+
+
+def _values(tensor: Tensor) -> list[int] | None:
+    """To be checked and no more: see `limits.seen`."""
+    if readable(tensor):
+        return tensor.tolist()
+    array = seen(tensor)
+    return None if array is None else array.tolist()
 
 
 def check_state_pair(name: str, hx: object) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastseq.ops import support
+from fastseq.ops.limits import Limits, assured, in_graph, readable
 
 
 class Rows(NamedTuple):
@@ -33,22 +34,25 @@ def packed_rows(batch_sizes: Tensor) -> Rows:
 
 
 @support.inlined
-def padded_rows(lengths: Tensor | Sequence[int] | int, steps: int, batch: int, device: torch.device) -> Rows | None:
+def padded_rows(
+    lengths: Tensor | Sequence[int] | int, steps: int, batch: int, device: torch.device, op_checks: bool = False
+) -> Rows | None:
     """Checks `lengths` and sorts them. None where every sequence has full length.
 
     Args:
         lengths: `batch` integers in [0, steps], any order; a list, a NumPy array or a tensor on any device.
+        op_checks: what Python cannot read goes to an op that reads it by this function.
 
     Raises:
         TypeError: lengths that are not integers (floats, NaN, bools, None).
         ValueError: not `batch` of them, or one out of [0, steps].
     """
-    if support.is_compiling() and not isinstance(lengths, Tensor):
-        lengths = torch.tensor(lengths, device="cpu")
-    if isinstance(lengths, Tensor) and not readable(lengths):
-        return Rows(_unread_lengths("lengths", lengths, batch, device), None, None, steps, False)
+    name, what = "lengths", "steps in the input"
+    if not readable(lengths):
+        lengths = _unread_lengths(Limits(name, steps, what), lengths, batch, device, op_checks)
+        return Rows(lengths, None, None, steps, False)
     steps, batch = int(steps), int(batch)  # under torch.jit.trace sizes are tensors
-    values = _read_lengths("lengths", lengths, steps, "steps in the input", batch)
+    values = _read_lengths(Limits(name, steps, what), lengths, batch)
     if (values == steps).all():
         return None
     falling = bool((values[:-1] >= values[1:]).all())
@@ -84,22 +88,11 @@ def row_lengths(
         TypeError: lengths that are not integers.
         ValueError: not `batch` of them, or one out of [0, most].
     """
-    if support.is_compiling() and not isinstance(lengths, Tensor):
-        lengths = torch.tensor(lengths, device="cpu")
-    if isinstance(lengths, Tensor) and not readable(lengths):
-        return _unread_lengths(name, lengths, batch, device)
+    if not readable(lengths):
+        return _unread_lengths(Limits(name, most, what), lengths, batch, device)
     most, batch = int(most), int(batch)
-    values = _read_lengths(name, lengths, most, what, batch)
+    values = _read_lengths(Limits(name, most, what), lengths, batch)
     return None if (values == most).all() else torch.from_numpy(values)
-
-
-@support.inlined
-def readable(lengths: Tensor) -> bool:
-    """True where Python may look at the values."""
-    # A subclass with a dispatch of its own may have no memory; FakeTensor is one. A trace would keep them as constants.
-    plain = type(lengths).__torch_dispatch__ is Tensor.__torch_dispatch__
-    observed = support.is_compiling() or support.transformed() or support.tracing() is not None
-    return plain and not (observed or lengths.is_meta)
 
 
 def integers(name: str, lengths: Tensor | Sequence[int] | int) -> np.ndarray:
@@ -121,21 +114,30 @@ def integers(name: str, lengths: Tensor | Sequence[int] | int) -> np.ndarray:
     return values
 
 
-def _read_lengths(name: str, lengths: Tensor | Sequence[int] | int, most: int, what: str, batch: int) -> np.ndarray:
-    values = integers(name, lengths)
-    _check_count(name, values.shape, batch)
+def _read_lengths(limits: Limits, lengths: Tensor | Sequence[int] | int, batch: int) -> np.ndarray:
+    values = integers(limits.name, lengths)
+    _check_count(limits.name, values.shape, batch)
     values = values.reshape(batch)
-    if batch and not (values.min() >= 0 and values.max() <= most):
-        wrong = values[(values < 0) | (values > most)][0]
-        raise ValueError(f"{name} must lie in [0, {most}], the number of {what}, got {wrong}")
+    limits.check(values)
     return np.array(values, dtype=np.int64)  # a copy: whoever keeps it, the caller may go on counting
 
 
-def _unread_lengths(name: str, lengths: Tensor, batch: int, device: torch.device) -> Tensor:
-    inexact = lengths.is_floating_point() or lengths.is_complex()
-    _check_integers(name, not inexact and lengths.dtype is not torch.bool, lengths)
-    _check_count(name, tuple(lengths.shape), batch)
-    return lengths.to(device=device, dtype=torch.int64).reshape(batch)
+def _unread_lengths(
+    limits: Limits, lengths: Tensor | Sequence[int] | int, batch: int, device: torch.device, checked: bool = False
+) -> Tensor:
+    if not isinstance(lengths, Tensor):
+        lengths, known = in_graph(limits, lengths)
+        checked = checked or known
+    check_unread_integers(limits.name, lengths)
+    _check_count(limits.name, tuple(lengths.shape), batch)
+    lengths = lengths.to(device=device, dtype=torch.int64).reshape(batch)
+    return lengths if checked else assured(limits, lengths)
+
+
+def check_unread_integers(name: str, values: Tensor) -> None:
+    """The dtype of `integers`."""
+    inexact = values.is_floating_point() or values.is_complex()
+    _check_integers(name, not inexact and values.dtype is not torch.bool, values)
 
 
 def _check_integers(name: str, integers: bool, lengths: object) -> None:

@@ -81,7 +81,6 @@ def run_sequence(
     steps, batch = input.shape[:2]
     if reset is not None:
         checks.check_reset(reset, (steps, batch), input.device)
-    rows = None if lengths is None else padded_rows(lengths, steps, batch, input.device)
     route, backend = support.route((input, *weights), (h_0, c_0), cuda=True)
     if input.numel() == 0 and route in (Route.KERNELS, Route.GRAPH):
         route = Route.TORCH
@@ -89,6 +88,9 @@ def run_sequence(
         # Outside the graph, as torch runs its own recurrent modules.
         options = {"lengths": lengths, "reset": reset, "reverse": reverse, "return_states": return_states}
         return torch.compiler.disable(run_sequence)(cell, input, h_0, c_0, weights, **options)
+    rows = None
+    if lengths is not None:
+        rows = padded_rows(lengths, steps, batch, input.device, route is Route.GRAPH)
     call = Layer(
         cell,
         (bool(reverse),),

@@ -97,6 +97,8 @@ any_autocast = _guard("_is_any_autocast_enabled")
 fx_tracing = getattr(
     _symbolic_trace, "_get_is_fx_tracing", lambda: getattr(_symbolic_trace, "_is_fx_tracing_flag", True)
 )
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+_proxy_mode = torch._C._get_dispatch_mode
 _has_storage = getattr(torch._C, "_has_storage", lambda _: False)
 _saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
@@ -137,6 +139,11 @@ def transformed() -> bool:
 def batched() -> bool:
     """True inside torch.func.vmap, whatever is inside or outside of that."""
     return not is_compiling() and any(i.key() == TransformType.Vmap for i in get_interpreter_stack() or ())
+
+
+def proxying() -> bool:
+    """True inside make_fx, whose graph would keep what Python reads as constants."""
+    return bool(dispatch_modes()) and _proxy_mode(_PROXY) is not None
 
 
 def symbolic() -> bool:
