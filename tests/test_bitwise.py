@@ -51,11 +51,15 @@ def all_equal(results, expected):
 @each_dtype
 @pytest.mark.parametrize("cell", CELLS)
 def test_threads(cell, dtype, isa):
-    """Split by units, by rows (B = 70, small weights), with lengths and resets; all large enough for a team."""
+    """Split by units, by rows (B = 70, small weights), by rows because there are more threads than panels (the last
+    two), with lengths and resets; all large enough for a team.
+    """
     for case in (
         Case(20, 5, 130, 129),
         Case(9, 70, 65, 96),
         Case(12, 33, 65, 127, lengths=True, reset=True, reverse=True),
+        Case(3, 900, 40, 16),
+        Case(12, 400, 40, 8, lengths=True, reset=True, reverse=True),
     ):
         inputs = make_inputs(cell, case, dtype)
         alone = forward_and_backward(cell, case, inputs, 1)

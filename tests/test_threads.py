@@ -115,6 +115,50 @@ def test_results_do_not_depend_on_threads(cell, threads):
     assert all(result == results[0] for result in results)
 
 
+def test_each_thread_of_a_team_works():
+    """With few units and many rows, where the units alone would not do for four threads. Of the seconds on a processor,
+    in forward and in backward, the idlest has at least half of what the busiest has.
+    """
+    report = run(
+        """
+    import os, time
+    import torch
+    from fastseq.backends import native
+
+    def seconds():
+        return {tid: time.clock_gettime(~tid << 3 | 6) for tid in map(int, os.listdir("/proc/self/task"))}
+
+    def share(call):
+        call()
+        before = seconds()
+        for _ in range(4):
+            call()
+        used = sorted(after - before[tid] for tid, after in seconds().items())[-4:]
+        return used[0] / used[-1]
+
+    torch.manual_seed(0)
+    torch.set_num_threads(4)
+    for cell, gates, T, B, H in ("rnn_tanh", 1, 20, 2048, 32), ("lstm", 4, 10, 4096, 8), ("gru", 3, 10, 4096, 16):
+        x = torch.randn(T, B, H)
+        weights = [torch.randn(gates * H, H) / 8 for _ in range(2)] + [torch.randn(gates * H) for _ in range(2)]
+        states = None, torch.zeros(B, H) if cell == "lstm" else None
+        forward = lambda: native.recurrent_forward(cell, x, *states, weights, save=True)
+        y, h, c, _, saved = forward()
+        copies = [saved.clone() for _ in range(5)]  # backward works in place
+        backward = lambda: native.recurrent_backward(
+            cell, x, *states, weights, y, copies.pop(), native.active_isa(), dy=y, dh_n=h, dc_n=c, dc_all=None,
+            needs=[True] * 7,
+        )
+        for call in forward, backward:
+            print(cell, call is forward, share(call))
+    """,
+        OMP_WAIT_POLICY="passive",  # a thread that has nothing to do sleeps
+    )
+    shares = {tuple(line.split()[:2]): float(line.split()[2]) for line in report.splitlines()}
+    assert len(shares) == 6
+    assert min(shares.values()) > 0.5, shares
+
+
 def test_concurrent_callers(threads):
     threads(2)
     calls = [work("lstm"), work("gru")]

@@ -105,6 +105,13 @@ struct Schedule {
 
   int64_t active(int64_t t) const { return t < 0 || t >= p.steps ? 0 : starts[t + 1] - starts[t]; }
   int64_t total() const { return starts[p.steps]; }
+  // Steps of all the rows before row b.
+  int64_t steps_before(int64_t b) const {
+    if (!p.batch_sizes) return b * p.steps;
+    int64_t sum = 0;
+    for (int64_t t = 0; t < p.steps; ++t) sum += min(b, p.batch_sizes[t]);
+    return sum;
+  }
   int64_t batch_index(int64_t b) const { return p.order ? p.order[b] : b; }
 
   // True if row b starts at time t from its initial state; if time t is its last.
@@ -149,23 +156,47 @@ struct Slice {
 
 // How the steps of a layer are split; a function of its shape and of the team.
 struct Partition {
-  int64_t panels, rows;
+  const Schedule& schedule;
+  int64_t panels;
   bool by_rows;
 
-  // A large batch with weights that every L2 can hold is split by rows: no barrier, so a pre-empted thread delays the
-  // call once and not at every step. Everything else is split by units.
+  // A large batch is split by rows where there are fewer panels than threads, and where every L2 can hold the weights:
+  // no barrier, so a pre-empted thread delays the call once and not at every step. Everything else is split by units,
+  // and so are rows of different lengths where panels do: the thread of the longest has few of them at each step (LSTM,
+  // 33 rows of 1 to 60 steps, H = 128, two threads: 1.82 ms by rows, 1.64 ms by units).
   static constexpr int64_t kRowsPerThread = 16, kSharedBytes = 4 << 20;
 
   template <class L>
-  Partition(const RecurrentParams& p, const L& layout, int team)
-      : panels(layout.panels),
-        rows(p.batch),
-        by_rows(!p.batch_sizes && p.batch >= kRowsPerThread * team && layout.panels_bytes() <= kSharedBytes) {}
+  Partition(const Schedule& s, const L& layout, int team)
+      : schedule(s),
+        panels(layout.panels),
+        by_rows(s.p.batch >= kRowsPerThread * team &&
+                (panels < team || (!s.p.batch_sizes && layout.panels_bytes() <= kSharedBytes))) {}
+
+  // The largest team that has work for every thread.
+  template <class L>
+  static int64_t most_threads(const RecurrentParams& p, const L& layout) {
+    return max(layout.panels, p.batch / kRowsPerThread);
+  }
 
   Slice slice(int rank, int team) const {
-    const auto cut = [&](int64_t n, int i) { return n * i / team; };
-    if (by_rows) return {0, panels, cut(rows, rank), cut(rows, rank + 1)};
-    return {cut(panels, rank), cut(panels, rank + 1), 0, rows};
+    if (by_rows) return {0, panels, cut(rank, team), cut(rank + 1, team)};
+    return {panels * rank / team, panels * (rank + 1) / team, 0, schedule.p.batch};
+  }
+
+ private:
+  // The first row before which rank / team of all steps lie: rows are numbered by falling length.
+  int64_t cut(int64_t rank, int64_t team) const {
+    if (rank == team) return schedule.p.batch;  // rows of no steps included
+    int64_t low = 0, high = schedule.p.batch;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (schedule.steps_before(middle) * team < schedule.total() * rank)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
   }
 };
 
@@ -175,7 +206,7 @@ constexpr int64_t kFlopsPerThread = 1'000'000;
 template <class Cell, class S>
 int team_size(const RecurrentParams& p, const Layout<Cell, S>& layout) {
   const int64_t flops = 2 * Schedule::rows(p) * Cell::kTerms * layout.H * (layout.I + layout.H);
-  return int(max(1, min(p.threads, min(layout.panels, flops / kFlopsPerThread))));
+  return int(max(1, min(p.threads, min(Partition::most_threads(p, layout), flops / kFlopsPerThread))));
 }
 
 // The hidden state before each step as rows of storage, the operand of products with W_hh and of their gradients.

@@ -127,15 +127,18 @@ class Backward {
     place(w_hh_.packed, pack_recurrent, w_hh_.elements());
     place(w_ih_.packed, pack_input, w_ih_.elements());
     place(dx_, p.dx.data, threads_ * kInputRows * w_ih_.vectors() * L::kLanes);
-    place(pointers_, p.dw_ih || p.dw_hh, threads_ * kRowBlock);
-    place(packed_, p.dw_ih || p.dw_hh, threads_ * WeightGradient<Cell, S>::packed_elements());
-    place(sums_, WeightGradient<Cell, S>::needs_sums(rows_) && (p.dw_ih || p.dw_hh),
-          WeightGradient<Cell, S>::sums_elements(layout, max(layout.I, layout.H)));
+    using Gradient = WeightGradient<Cell, S>;
+    const bool gradients = p.dw_ih || p.dw_hh;
+    part_elements_ = gradients ? Gradient::part_elements(layout, rows_, threads_) : 0;
+    place(pointers_, gradients, threads_ * kRowBlock);
+    place(packed_, gradients, threads_ * Gradient::packed_elements());
+    place(sums_, gradients && Gradient::needs_sums(rows_), Gradient::sums_elements(layout, max(layout.I, layout.H)));
+    place(parts_, part_elements_ > 0, threads_ * part_elements_);
     return bytes;
   }
 
   void work(const Team& team) {
-    const Partition partition(p, layout, team.size);
+    const Partition partition(schedule, layout, team.size);
     const Slice slice = partition.slice(team.rank, team.size),
                 share = {layout.panels * team.rank / team.size, layout.panels * (team.rank + 1) / team.size, 0,
                          p.batch};
@@ -259,16 +262,17 @@ class Backward {
     }
   }
 
-  void weight_gradients(const Team& team) const {
+  void weight_gradients(const Team& team) {
     const auto wanted = [&](void* dw, void* db, bool input) {
-      WeightGradient<Cell, S> gradient{layout,
-                                       schedule,
-                                       hidden_,
-                                       rows_,
-                                       sums_,
-                                       pointers_ + team.rank * kRowBlock,
-                                       packed_ + team.rank * WeightGradient<Cell, S>::packed_elements()};
-      if (dw) gradient.weights(team, input, (S*)dw);
+      const WeightGradient<Cell, S> gradient{layout,
+                                             schedule,
+                                             hidden_,
+                                             rows_,
+                                             sums_,
+                                             pointers_ + team.rank * kRowBlock,
+                                             packed_ + team.rank * WeightGradient<Cell, S>::packed_elements(),
+                                             parts_ + team.rank * part_elements_};
+      if (dw) gradient.weights(team, input, (S*)dw, turns_[input]);
       if (db) gradient.biases(team, input, (S*)db);
     };
     wanted(p.dw_hh, p.db_hh, false);
@@ -288,6 +292,9 @@ class Backward {
   const S** pointers_ = nullptr;  // per thread (kRowBlock)
   T* packed_ = nullptr;           // per thread
   T* sums_ = nullptr;             // see WeightGradient, or null
+  int64_t part_elements_ = 0;
+  T* parts_ = nullptr;  // per thread (part_elements)
+  Progress turns_[2];   // of the gradients of W_hh and W_ih
   Schedule schedule{p, nullptr};
   HiddenRows<S> hidden_{schedule, nullptr};
   TransposedWeights<Cell, S, false> w_hh_{layout, (const S*)p.w_hh, nullptr};

@@ -1,7 +1,7 @@
 // The recurrent driver, forward: any cell, one layer in one direction, a step being a sequence with T = 1.
 //
-// Units are split over the threads, which meet in a barrier after each step; a large batch with small weights is split
-// by rows instead and needs no barrier. Either way each output comes from the same sums in the same order.
+// Units are split over the threads, which meet in a barrier after each step; a large batch is split by rows instead and
+// needs no barrier (see Partition). Either way each output comes from the same sums in the same order.
 #pragma once
 
 #include "layout-inl.h"
@@ -55,7 +55,7 @@ class Forward {
   }
 
   void work(const Team& team) {
-    const Partition partition(p, layout, team.size);
+    const Partition partition(schedule, layout, team.size);
     const Slice slice = partition.slice(team.rank, team.size);
     const S** x_rows = pointers_ + team.rank * (chunk_ + 1) * p.batch;
     const S** h_rows = x_rows + chunk_ * p.batch;
