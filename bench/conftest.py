@@ -11,7 +11,7 @@ from peers import grad_mode
 from shapes import SMALL
 
 from fastseq.backends import native
-from fastseq.info import cpu_name
+from fastseq.tools.info import cpu_name
 
 SECONDS = float(os.environ.get("FASTSEQ_BENCH_SECONDS", "2"))  # per case
 TURN_SECONDS = 2e-3  # short calls are repeated for so long in each turn

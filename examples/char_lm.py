@@ -5,8 +5,8 @@
 
 Characters become vectors (learned, or one-hot), recurrent layers read them, a linear layer scores the next character.
 Trained by truncated backpropagation through time. The model and a training step are those of `fastseq demo`, in
-fastseq/char_lm.py: plain torch, which `fastseq.fuse` speeds up. The text is the standard library of the running Python,
-unless you name one; its end is held out to measure the perplexity.
+fastseq/tools/char_lm.py: plain torch, which `fastseq.fuse` speeds up. The text is the standard library of the running
+Python, unless you name one; its end is held out to measure the perplexity.
 """
 
 from __future__ import annotations
@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastseq
-from fastseq.char_lm import LAYERS, CharLM, Text, TextError, Training, read_text, sample, standard_library_text, windows
+from fastseq.tools.char_lm import (
+    LAYERS,
+    CharLM,
+    Text,
+    TextError,
+    Training,
+    read_text,
+    sample,
+    standard_library_text,
+    windows,
+)
 
 
 def make_model(vocabulary: int, args: argparse.Namespace) -> CharLM:

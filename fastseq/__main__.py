@@ -2,7 +2,7 @@
 
 import sys
 
-from fastseq.cli import main
+from fastseq.tools.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,7 +21,7 @@ from fastseq.nn.gru import GRUSequences
 from fastseq.nn.lstm import LSTMSequences
 from fastseq.nn.recurrent import SequenceModule
 from fastseq.nn.rnn import RNNSequences
-from fastseq.ops.support import inlined
+from fastseq.ops.routing import inlined
 
 __all__ = ["GRU", "LSTM", "RNN"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from fastseq.ops import scaled_dot_product_attention
-from fastseq.ops.attention import overridden, torch_attention
+from fastseq.ops.attention.sdpa import overridden, torch_attention
 
 __all__ = ["sdpa_kernels"]
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from fastseq.reference import COMPUTATIONS, EPS, error_rule
-from fastseq.verify import Comparison, Family, compare
-from fastseq.verify.equivalent import permutations
+from fastseq.tools.verify import Comparison, Family, compare
+from fastseq.tools.verify.equivalent import permutations
 
 __all__ = [
     "CELLS",

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import fastseq
-from fastseq.verify import FAMILIES, attention, recurrent
-from fastseq.verify.comparison import exact_dtype
+from fastseq.tools.verify import FAMILIES, attention, recurrent
+from fastseq.tools.verify.comparison import exact_dtype
 
 native = pytest.importorskip("fastseq.backends.native", reason="the extension is not built")
 

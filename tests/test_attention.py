@@ -12,12 +12,8 @@ from models import assert_close
 from torch.testing._internal.common_methods_invocations import op_db
 
 import fastseq
-from fastseq.ops import attention_composite
-from fastseq.reference import (
-    philox4x32,
-    scaled_dot_product_attention_backward,
-    scaled_dot_product_attention_forward,
-)
+from fastseq.ops.attention import formula
+from fastseq.reference import philox4x32, scaled_dot_product_attention_backward, scaled_dot_product_attention_forward
 
 sdpa = fastseq.scaled_dot_product_attention
 both_routes = pytest.mark.usefixtures("route")
@@ -417,7 +413,7 @@ def test_philox_in_torch():
     for _ in range(20):
         seed = int(torch.randint(2**63 - 1, (), generator=generator))
         counter = [int(c) for c in torch.randint(2**32, (3,), generator=generator)]
-        found = attention_composite.philox(torch.tensor(seed), *map(torch.tensor, counter))
+        found = formula.philox(torch.tensor(seed), *map(torch.tensor, counter))
         wanted = philox4x32(np.array([*counter, 0]), (seed & 0xFFFFFFFF, seed >> 32))
         assert list(map(int, found)) == wanted.tolist()
 

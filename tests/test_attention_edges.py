@@ -10,7 +10,7 @@ from observers import Marked
 from test_attention import SLOPES, check, gradients, make
 
 import fastseq
-from fastseq.ops import attention_composite
+from fastseq.ops.attention import formula
 
 sdpa = fastseq.scaled_dot_product_attention
 both_routes = pytest.mark.usefixtures("route")
@@ -64,7 +64,7 @@ def test_no_features(size, value_size, monkeypatch):
     with fastseq.backends.use_backend("torch"):
         wanted = sdpa(q, k, v, **options)
         grads = gradients(wanted, (q, k, v))
-    monkeypatch.delattr(attention_composite, "attention")
+    monkeypatch.delattr(formula, "attention")
     found = sdpa(q, k, v, **options)
     assert_close([*found, *gradients(found, (q, k, v))], [*wanted, *grads])
 

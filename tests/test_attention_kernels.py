@@ -14,8 +14,8 @@ from attention_calls import NAMES, heads, make, run
 from cases import DTYPES, each_dtype
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastseq.verify import attention
-from fastseq.verify.attention import Case, kernel_results
+from fastseq.tools.verify import attention
+from fastseq.tools.verify.attention import Case, kernel_results
 
 native = pytest.importorskip("fastseq.backends.native", reason="the extension is not built")
 

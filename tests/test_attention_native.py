@@ -8,7 +8,7 @@ from attention_calls import NAMES, make, run
 from cases import each_dtype
 
 from fastseq.backends.contract import Refused
-from fastseq.verify.tensors import poisoned_memory
+from fastseq.tools.verify.tensors import poisoned_memory
 
 native = pytest.importorskip("fastseq.backends.native", reason="the extension is not built")
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from fastseq import backends
-from fastseq.cli import main
-from fastseq.report import RecordError, Row, page, read, shares
+from fastseq.tools.cli import main
+from fastseq.tools.report import RecordError, Row, page, read, shares
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,7 +6,7 @@ from cases import CELLS, DTYPES, each_dtype
 
 import fastseq
 from fastseq import backends
-from fastseq.verify.recurrent import Case, make_inputs
+from fastseq.tools.verify.recurrent import Case, make_inputs
 
 native = backends.select()
 if native is None:

@@ -19,7 +19,7 @@ from cases import (
     random_reset,
 )
 
-from fastseq.verify import FAMILIES, attention, compare, layer_norm, linear, recurrent
+from fastseq.tools.verify import FAMILIES, attention, compare, layer_norm, linear, recurrent
 
 SLACK = 4 * 2.0**-23  # of float32, beside a largest value of 1
 REF = {"y": np.ones(3)}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastseq.char_lm import CharLM, Text, TextError, Training, detached, sample, standard_library_text, windows
+from fastseq.tools.char_lm import CharLM, Text, TextError, Training, detached, sample, standard_library_text, windows
 
 
 def test_windows_are_streams_of_the_text():

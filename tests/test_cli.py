@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import fastseq
-from fastseq import demo, info
-from fastseq.char_lm import TextError, read_text
-from fastseq.cli import main
 from fastseq.ops import SERVICE
 from fastseq.reference import COMPUTATIONS
-from fastseq.verify import attention, command, layer_norm, recurrent
+from fastseq.tools import demo, info
+from fastseq.tools.char_lm import TextError, read_text
+from fastseq.tools.cli import main
+from fastseq.tools.verify import attention, command, layer_norm, recurrent
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
 from fastseq import backends
-from fastseq.ops import CELLS, graph, support
+from fastseq.ops import CELLS, routing
+from fastseq.ops.recurrent import graph
 
 if backends.select() is None:
     pytest.skip("the kernels are not built", allow_module_level=True)
@@ -195,6 +196,6 @@ def test_no_decision_for_a_graph_is_used_outside_it(options, packed):
 
 
 def test_who_computes_outside_a_graph():
-    ask = torch.compiler.disable(lambda x: support.route((x,)), recursive=False)
+    ask = torch.compiler.disable(lambda x: routing.route((x,)), recursive=False)
     route, backend = torch.compile(lambda x: ask(x + 1), backend="eager")(random(T))
-    assert (route, backend) == (support.Route.KERNELS, backends.select())
+    assert (route, backend) == (routing.Route.KERNELS, backends.select())

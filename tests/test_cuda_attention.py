@@ -16,8 +16,8 @@ from torch.autograd import gradcheck
 
 import fastseq
 from fastseq import backends
-from fastseq.verify import attention
-from fastseq.verify.attention import Case
+from fastseq.tools.verify import attention
+from fastseq.tools.verify.attention import Case
 
 sdpa = fastseq.scaled_dot_product_attention
 pytestmark = ignore_first_use

@@ -16,10 +16,10 @@ from torch.nn.functional import scaled_dot_product_attention as torchs
 
 import fastseq
 from fastseq import backends
-from fastseq.ops import Attention, support
-from fastseq.ops.attention_function import attend
-from fastseq.verify import attention
-from fastseq.verify.attention import Case
+from fastseq.ops import Attention, routing
+from fastseq.ops.attention.function import attend
+from fastseq.tools.verify import attention
+from fastseq.tools.verify.attention import Case
 
 if backends.select() is None:
     pytest.skip("the kernels are not built", allow_module_level=True)
@@ -242,7 +242,7 @@ def multihead_agrees(device):
 def called(monkeypatch):
     """Sends calls on tensors of the CPU to the emulation. Returns the names of the functions that were called."""
     monkeypatch.setattr(backends, "select", lambda: cuda)
-    monkeypatch.setattr(support, "DTYPES", support.CUDA_DTYPES)
+    monkeypatch.setattr(routing, "DTYPES", routing.CUDA_DTYPES)
     names = []
 
     def record(name):

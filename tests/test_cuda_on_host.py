@@ -14,13 +14,14 @@ from fastseq.backends.contract import Refused
 from fastseq.ops import CELLS as CELL_SPECS
 from fastseq.ops import Layer, RecurrentFunction, StepFunction
 from fastseq.ops.lengths import packed_rows, padded_rows
-from fastseq.verify import FAMILIES
-from fastseq.verify.recurrent import Case, kernel_results, make_inputs
+from fastseq.tools.verify import FAMILIES
+from fastseq.tools.verify.recurrent import Case, kernel_results, make_inputs
 
 if backends.select() is None:
     pytest.skip("the kernels are not built", allow_module_level=True)
 
-from fastseq.backends import cuda, cuda_library
+from fastseq.backends import cuda
+from fastseq.backends.cuda import library
 
 SHAPES = ((1, 1, 1, 1), (1, 7, 5, 33), (7, 1, 65, 7), (5, 7, 1, 65), (3, 33, 7, 33), (2, 65, 33, 1))
 OPTIONS = (
@@ -173,7 +174,7 @@ def test_off_by_default(monkeypatch):
 
 def test_why_it_is_off_though_asked_for(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTSEQ_CUDA", "on")
-    monkeypatch.setattr(cuda_library, "LIBRARY", tmp_path / "libfastseq_cuda.so")
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "libfastseq_cuda.so")
     assert "not built: `make cuda`, or FASTSEQ_BUILD_CUDA=on" in cuda.why_off()
     (tmp_path / "libfastseq_cuda.so").touch()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
 from fastseq import backends
-from fastseq.verify import FAMILIES
-from fastseq.verify.recurrent import Case
+from fastseq.tools.verify import FAMILIES
+from fastseq.tools.verify.recurrent import Case
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 OPTIONS = ({}, {"bias": False}, {"lengths": True}, {"packed": True}, {"reset": True}, {"lengths": True, "reset": True})

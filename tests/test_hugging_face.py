@@ -11,7 +11,7 @@ from models import assert_close
 from torch import nn
 
 import fastseq
-from fastseq import hugging_face
+from fastseq.integrations import hugging_face
 
 TORCHS = F.scaled_dot_product_attention
 WHY = "transformers is not installed"

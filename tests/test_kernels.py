@@ -6,8 +6,8 @@ import torch
 from cases import CELLS, LONG_SHAPES, SHAPES, Shape, check, each_dtype
 
 from fastseq import backends
-from fastseq.verify import FAMILIES
-from fastseq.verify.recurrent import Case, kernel_results, make_inputs
+from fastseq.tools.verify import FAMILIES
+from fastseq.tools.verify.recurrent import Case, kernel_results, make_inputs
 
 native = backends.select()
 if native is None:

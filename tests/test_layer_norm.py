@@ -21,7 +21,7 @@ from fastseq import backends
 from fastseq.backends.contract import Refused
 from fastseq.ops import LayerNormFunction
 from fastseq.reference import layernorm_backward, layernorm_forward
-from fastseq.verify import layer_norm
+from fastseq.tools.verify import layer_norm
 
 FEATURES = (1, 7, 63, 65, 129, 1000)
 LAYOUTS = (lambda t: t.transpose(0, 1), lambda t: t[..., ::2], lambda t: t[:1].expand_as(t))

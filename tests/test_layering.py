@@ -21,18 +21,20 @@ PACKAGE = ROOT / "fastseq"
 CSRC = ROOT / "csrc"
 VENDORED = CSRC / "dlpack.h"
 
-# What each part of the package may import of fastseq beside itself. A single file of the package itself (cli.py,
-# swap.py, ...) stands above them all and may import any of them but the extension; verify belongs to the command.
+# What each part of the package may import of fastseq beside itself. A single file of the package itself (swap.py, ...)
+# stands above the library's parts and may import any of them. The command may import everything, nothing the command.
+TOP_FILES = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+LIBRARY = {"nn": {"ops"}, "ops": {"backends"}, "backends": set(), "reference": set()}
 MAY_IMPORT = {
-    "nn": {"ops"},
-    "ops": {"backends"},
-    "backends": set(),
-    "reference": set(),
-    "verify": {"reference", "info"},
+    **LIBRARY,
+    "integrations": {*LIBRARY, *TOP_FILES},
+    "tools": {*LIBRARY, *TOP_FILES, "integrations"},
+    **{name: {*LIBRARY, *TOP_FILES} for name in TOP_FILES},
+    "__init__": {*LIBRARY, *TOP_FILES, "integrations"},
+    "__main__": {"tools"},
 }
-TOP_FILES = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
 # The files that may import the extension.
-BINDINGS = {"backends/native.py", "backends/cuda_library.py"}
+BINDINGS = {"backends/native.py", "backends/cuda/library.py"}
 
 PYTHON_FILES = sorted(PACKAGE.rglob("*.py"))
 CXX_FILES = sorted(
@@ -66,7 +68,7 @@ def imports_of(path):
 
 def parts_of(path):
     """The parts of fastseq that a file imports."""
-    known = set(MAY_IMPORT) | TOP_FILES | {"_native"}
+    known = set(MAY_IMPORT) | {"_native"}
     return {name.split(".")[1] for name in imports_of(path) if name.startswith("fastseq.")} & known
 
 
@@ -79,10 +81,9 @@ def test_imports_point_one_way(path):
     inside = path.relative_to(PACKAGE)
     imported = parts_of(path)
     assert "_native" not in imported or str(inside) in BINDINGS
-    if len(inside.parts) > 1:
-        part = inside.parts[0]
-        assert part in MAY_IMPORT, f"{part} is not in the table above"
-        assert imported <= MAY_IMPORT[part] | {part, "_native"}
+    part = inside.parts[0].removesuffix(".py")
+    assert part in MAY_IMPORT, f"{part} is not in the table above"
+    assert imported <= MAY_IMPORT[part] | {part, "_native"}
 
 
 def packages():

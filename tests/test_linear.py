@@ -16,7 +16,7 @@ import fastseq
 from fastseq import backends
 from fastseq.backends.contract import Refused
 from fastseq.ops import LinearFunction
-from fastseq.verify import linear
+from fastseq.tools.verify import linear
 
 module = sys.modules[LinearFunction.__module__]
 

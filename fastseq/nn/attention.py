@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from fastseq.nn.drop_in import DropIn
 from fastseq.nn.packed_weights import PacksWeights
-from fastseq.ops import checks, linear, support
-from fastseq.ops.attention import scaled_dot_product_attention
-from fastseq.ops.attention_call import Attention
-from fastseq.ops.attention_function import apply_self_attention, attend, self_attention
+from fastseq.ops import linear, routing
+from fastseq.ops.attention.function import apply_self_attention, attend, self_attention
+from fastseq.ops.attention.sdpa import scaled_dot_product_attention
+from fastseq.ops.attention.spec import Attention
 from fastseq.ops.autograd import needs_grad
+from fastseq.ops.recurrent import checks
 
 # Places of packed weights: the output projection; the input projection in one, two or three parts; three of their own.
 _OUT, _SELF, _MEMORY, _THREE = range(4)
@@ -55,7 +56,7 @@ class _Masks(NamedTuple):
         seen = joined if joined.dtype is torch.bool else joined != -math.inf
         dead = ~seen.any(-1, keepdim=True)
         # Transforms and compilers know no values to branch on, devices would be waited for.
-        return dead if support.observed() or not dead.is_cpu or dead.any() else None
+        return dead if routing.observed() or not dead.is_cpu or dead.any() else None
 
 
 _NO_MASKS = _Masks(None, None)
@@ -239,15 +240,15 @@ class MultiheadAttention(DropIn, PacksWeights, nn.MultiheadAttention):
         out_weight, out_bias = _parameter(out_proj, "weight"), _parameter(out_proj, "bias")
         inputs = (query,) if query is key is value else (query, key, value)
         tensors = (*inputs, *weights, in_bias, out_weight, out_bias, bias_k, bias_v)
-        _, backend = support.route(tensors, cuda=True)
+        _, backend = routing.route(tensors, cuda=True)
         if backend is None:
-            if support.symbolic():
+            if routing.symbolic():
                 return None
             checks.check_devices((*tensors, *masks))
             # Without masks there is no row that torch's forward gives another result for. It lacks forward-mode AD.
-            if not (masks or support.transformed()) or not support.composes((*tensors, *masks)):
+            if not (masks or routing.transformed()) or not routing.composes((*tensors, *masks)):
                 return None
-        elif not all(support.plain(m, m.dtype, m.is_cuda) and m.device == query.device for m in masks):
+        elif not all(routing.plain(m, m.dtype, m.is_cuda) and m.device == query.device for m in masks):
             return None
         if (is_causal and attn_mask is None) or not self._fits(query, key, value, key_padding_mask, attn_mask):
             return None
@@ -374,7 +375,7 @@ class MultiheadAttention(DropIn, PacksWeights, nn.MultiheadAttention):
         if attn_mask is None or padding is None:
             mask = padding if attn_mask is None else attn_mask
             return _Masks(None, ~mask) if mask.dtype is torch.bool else _Masks(mask, None)
-        if attn_mask.dtype is not padding.dtype and not support.is_compiling():
+        if attn_mask.dtype is not padding.dtype and not routing.is_compiling():
             warnings.warn(_MIXED, UserWarning, stacklevel=4)
         if attn_mask.dtype is torch.bool:
             if padding.dtype is torch.bool:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import fx, nn
 
-from fastseq.ops import support
+from fastseq.ops import routing
 
 
 class DropIn:
@@ -52,7 +52,7 @@ class DropIn:
 
     def _node(self, *args: Any, **options: Any) -> fx.Proxy | None:
         """While torch.fx traces a model that this is a part of, the call of this module in its graph, else None."""
-        if not support.symbolic() or not self._has_our_forward():
+        if not routing.symbolic() or not self._has_our_forward():
             return None
         tracer = _tracer(self, (args, options))
         if tracer is None or tracer.root is self:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastseq.ops import checks
 from fastseq.ops.lengths import integers, row_lengths
+from fastseq.ops.recurrent import checks
 
 
 class KVCache:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastseq.nn.drop_in import DropIn
-from fastseq.ops import support
+from fastseq.ops import routing
 from fastseq.ops.normalization import layer_norm
 
 
@@ -37,7 +37,7 @@ class LayerNorm(DropIn, nn.LayerNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """See the class."""
-        if support.symbolic():  # where it is the root, each argument is there, without a value
+        if routing.symbolic():  # where it is the root, each argument is there, without a value
             node = self._node(input, residual)
             return self._torchs(input) if node is None else node
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, residual=residual)

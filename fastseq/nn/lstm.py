@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastseq.nn.recurrent import CellModule, PairedStates, SequenceModule
-from fastseq.ops import checks
-from fastseq.ops.cell import Cell
 from fastseq.ops.cells.lstm import LSTM as LSTM_CELL
+from fastseq.ops.recurrent import checks
+from fastseq.ops.recurrent.spec import Cell
 
 
 class LSTMSequences(PairedStates, SequenceModule):

@@ -15,13 +15,14 @@ from torch.overrides import TorchFunctionMode
 
 from fastseq.nn.drop_in import DropIn
 from fastseq.nn.packed_weights import PackedWeights, PacksWeights
-from fastseq.ops import checks, composite, support
+from fastseq.ops import routing
 from fastseq.ops.autograd import needs_grad
-from fastseq.ops.cell import Cell, Direction, Layer
-from fastseq.ops.kernel_calls import all_contiguous, unit_stride
 from fastseq.ops.lengths import packed_rows, padded_rows
-from fastseq.ops.recurrent import run_layer, run_step
-from fastseq.ops.support import Route
+from fastseq.ops.recurrent import checks, formula
+from fastseq.ops.recurrent.function import run_layer, run_step
+from fastseq.ops.recurrent.kernels import all_contiguous, unit_stride
+from fastseq.ops.recurrent.spec import Cell, Direction, Layer
+from fastseq.ops.routing import Route
 
 States = tuple[Tensor | None, Tensor | None]  # h and c; c is None but for LSTM
 _REVERSE = {False: (False,), True: (False, True)}  # by `bidirectional`: the directions of a layer
@@ -68,7 +69,7 @@ class SequenceModule(DropIn, PacksWeights):
         packed, data, batch = isinstance(input, PackedSequence), input, None
         if packed:
             checks.check_not_packed(lengths=lengths, reset=reset)
-            if support.is_compiling() and not torch.compiler.is_exporting():
+            if routing.is_compiling() and not torch.compiler.is_exporting():
                 return self._forward_outside(input, hx, return_states=return_states)
             data, batch = input.data, checks.check_packed(input)
         beyond_torch = lengths is not None or reset is not None or return_states
@@ -78,7 +79,7 @@ class SequenceModule(DropIn, PacksWeights):
             tensors = [data, *states]
             for direction in weights:
                 tensors += direction
-            route, backend = support.route(tensors, cuda=True)
+            route, backend = routing.route(tensors, cuda=True)
             if route is not Route.KERNELS:
                 misfit = checks.unlike(tensors, 1 + len(states))
         if misfit is not None or route is not Route.KERNELS:
@@ -95,7 +96,7 @@ class SequenceModule(DropIn, PacksWeights):
         if route is Route.KERNELS and not beyond_torch and self._replaced():
             route = Route.TORCH
         if route is not Route.KERNELS:
-            if support.is_compiling() and route is Route.TORCH and not torch.compiler.is_exporting():
+            if routing.is_compiling() and route is Route.TORCH and not torch.compiler.is_exporting():
                 return self._forward_outside(input, hx, lengths=lengths, reset=reset, return_states=return_states)
             if not beyond_torch and route is Route.TORCH:
                 return self._torch_class.forward(self, input, hx)
@@ -247,7 +248,7 @@ class SequenceModule(DropIn, PacksWeights):
         if unbatched:
             states = tuple(None if s is None else s.unsqueeze(1) for s in states)
         tensors = [w for direction in weights for w in direction]
-        route, backend = support.route((x, *tensors), states, cuda=True)
+        route, backend = routing.route((x, *tensors), states, cuda=True)
         if route is not Route.KERNELS and (misfit := checks.unlike((x, *tensors), 1)):
             raise RuntimeError(misfit)
         if route in (Route.KERNELS, Route.GRAPH) and (self.proj_size or not x.numel()):
@@ -389,7 +390,7 @@ class SequenceModule(DropIn, PacksWeights):
 
     def _refuse(self, misfit: str, input: Any, hx: Any) -> NoReturn:
         """Raises torch's own error where its module has one for these arguments, else ours."""
-        if not support.is_compiling():
+        if not routing.is_compiling():
             with _UntilOp(self._cell.sequence_op.__name__, misfit):
                 self._torch_class.forward(self, input, hx)
         raise RuntimeError(misfit)
@@ -449,15 +450,15 @@ class CellModule(DropIn, PacksWeights):
         except KeyError:  # parametrized, pruned, replicated
             weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
         packed, panels = self.__dict__.get("_fastseq_packed"), None
-        if packed is not None and packed.frozen and not support.is_compiling():
+        if packed is not None and packed.frozen and not routing.is_compiling():
             panels = self._frozen_panels(packed, cell, input, weights)
         result = run_step(cell, input, h, c, weights, panels)
-        if result is None and support.transformed() and checks.step_misfit(cell, input, h, c, weights) is None:
+        if result is None and routing.transformed() and checks.step_misfit(cell, input, h, c, weights) is None:
             # Per-sample gradients without a state: torch's cells raise, and are to. Opacus calls so a cell that its
             # model called with one, and takes the gradients of zeros for its own; a pair of results it refuses.
-            if h is None and not cell.has_c and support.batched():
+            if h is None and not cell.has_c and routing.batched():
                 return None
-            return composite.step(cell, input, h, c, weights)
+            return formula.step(cell, input, h, c, weights)
         return result
 
     def _unbatched_step(
@@ -474,7 +475,7 @@ class CellModule(DropIn, PacksWeights):
         node = self._node(input, hx)
         if node is not None:
             return node
-        if not support.is_compiling():  # the compiler takes the op apart into checked ones
+        if not routing.is_compiling():  # the compiler takes the op apart into checked ones
             x = input
             if isinstance(input, Tensor) and input.dim() == 1:
                 x, h, c = (s.unsqueeze(0) if isinstance(s, Tensor) else s for s in (input, h, c))
@@ -486,7 +487,7 @@ class CellModule(DropIn, PacksWeights):
         return self._torch_class.forward(self, input, hx)
 
     def _frozen_panels(self, packed: PackedWeights, cell: Cell, input: Tensor, weights: Direction) -> Any:
-        route, backend = support.route((input, *weights))
+        route, backend = routing.route((input, *weights))
         if route is Route.KERNELS and not needs_grad(input, *weights):
             return packed.panels(backend, 0, [weights], partial(backend.pack, cell.name))[0]
         return None

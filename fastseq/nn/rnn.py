@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastseq.nn.recurrent import CellModule, SequenceModule
-from fastseq.ops import checks
-from fastseq.ops.cell import Cell
 from fastseq.ops.cells.rnn import RELU, TANH, rnn_of
+from fastseq.ops.recurrent import checks
+from fastseq.ops.recurrent.spec import Cell
 
 
 class RNNSequences(SequenceModule):

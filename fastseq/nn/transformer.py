@@ -10,7 +10,7 @@ from torch.nn.modules import module as torch_module
 from fastseq.nn.attention import MultiheadAttention
 from fastseq.nn.drop_in import DropIn
 from fastseq.nn.layer_norm import LayerNorm
-from fastseq.ops import support
+from fastseq.ops import routing
 from fastseq.ops.normalization import add_layer_norm
 
 # A version of torch that lacks it cannot tell: then norms are called, as torch calls them.
@@ -166,7 +166,7 @@ class TransformerDecoderLayer(DropIn, nn.TransformerDecoderLayer):
         memory_is_causal: bool = False,
     ) -> Tensor:
         """See the class."""
-        if support.symbolic():
+        if routing.symbolic():
             return self._torchs(
                 tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal,
                 memory_is_causal,

@@ -19,7 +19,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def c_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` without its Python prologue, which only serves torch.func; `support.route` keeps those calls
+    """`function.apply` without its Python prologue, which only serves torch.func; `routing.route` keeps those calls
     away.
 
     That the method of the C base class can be reached this way is a detail of torch, hence the trial. It stops

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastseq.ops import support
+from fastseq.ops import routing
 from fastseq.ops.limits import Limits, assured, in_graph, readable
 
 
@@ -33,7 +33,7 @@ def packed_rows(batch_sizes: Tensor) -> Rows:
     return Rows(None, batch_sizes, None, batch_sizes.shape[0], True)
 
 
-@support.inlined
+@routing.inlined
 def padded_rows(
     lengths: Tensor | Sequence[int] | int, steps: int, batch: int, device: torch.device, op_checks: bool = False
 ) -> Rows | None:
@@ -68,7 +68,7 @@ def padded_rows(
     )
 
 
-@support.inlined
+@routing.inlined
 def row_lengths(
     name: str, lengths: Tensor | Sequence[int] | int, most: int, what: str, batch: int, device: torch.device
 ) -> Tensor | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from fastseq.ops import support
+from fastseq.ops import routing
 
 
 class Limits(NamedTuple):
@@ -55,21 +55,21 @@ class Limits(NamedTuple):
             raise ValueError(next(filter(None, map(self.misfit, rows))))
 
 
-@support.inlined
+@routing.inlined
 def readable(values: object) -> bool:
     """True where Python may look at the values, and what is computed may depend on them."""
-    if support.is_compiling():
+    if routing.is_compiling():
         return False
     if not isinstance(values, Tensor):
         return True
     # A trace would keep the values as constants.
-    return _has_values(values) and not (support.transformed() or support.tracing() is not None or support.proxying())
+    return _has_values(values) and not (routing.transformed() or routing.tracing() is not None or routing.proxying())
 
 
 def seen(values: Tensor) -> np.ndarray | None:
     """The values, to be checked and no more, behind transforms and tracers too, the axes of torch.func.vmap first. None
     in graphs and of tensors that have none."""
-    if support.is_compiling():
+    if routing.is_compiling():
         return None
     with _unobserved():
         values = _innermost(values)
@@ -97,18 +97,18 @@ def in_graph(limits: Limits, values: object) -> tuple[Tensor, bool]:
 
 def assured(limits: Limits, values: Tensor) -> Tensor:
     """Int64 values (B,) that Python must not use. Those to be used in their place, so that no check is left out."""
-    if support.is_compiling() and not torch.compiler.is_exporting():
+    if routing.is_compiling() and not torch.compiler.is_exporting():
         return checked_integers(values, *limits)
     if (array := seen(values)) is not None:
         limits._replace(most=int(limits.most)).check(array)  # under torch.jit.trace sizes are tensors
     rule = f"{limits.name} must lie in [0, the number of {limits.what}]"
     if limits.what is None:
         rule = f"{limits.name} must rise from 0 to the total length"
-    if support.tracing() is not None and not torch.onnx.is_in_onnx_export():  # it has no such op, and knows no errors
+    if routing.tracing() is not None and not torch.onnx.is_in_onnx_export():  # it has no such op, and knows no errors
         return torch._functional_assert_async(limits.hold(values), rule, values)  # of the other nothing is kept
-    if support.is_compiling():
+    if routing.is_compiling():
         torch._assert_async(limits.hold(values), rule)
-    elif support.dispatch_modes():
+    elif routing.dispatch_modes():
         torch._assert_async(limits.hold(_innermost(values)), rule)  # no rule for vmap
     return values
 
@@ -156,7 +156,7 @@ def _unobserved() -> Iterator[None]:
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
     from torch.utils._python_dispatch import _disable_current_modes
 
-    state = support.tracing()
+    state = routing.tracing()
     torch._C._set_tracing_state(None)
     try:
         with temporarily_clear_interpreter_stack(), _disable_current_modes():

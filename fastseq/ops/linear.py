@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq.backends.contract import Refused
-from fastseq.ops import support
+from fastseq.ops import routing
 from fastseq.ops.autograd import c_apply, composite_backward, needs_grad
-from fastseq.ops.kernel_calls import contiguous, unit_stride
+from fastseq.ops.recurrent.kernels import contiguous, unit_stride
 
 # torch's time over ours on Zen 3 (AVX2), with the check of the packed weights, for K = 512, N = 512 and 1536, M rows.
 # float32: with one thread 1.1 to 1.5 for M of 4 to 32 and 0.97 to 1.02 above, where both are near the peak; with four
@@ -32,7 +32,7 @@ def packs(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """True where `linear` takes packed weights: in calls without gradients that the kernels serve faster than torch.
 
     Args:
-        x: (..., K), weight (N, K), bias (N,): what `support.route` answered KERNELS for.
+        x: (..., K), weight (N, K), bias (N,): what `routing.route` answered KERNELS for.
     """
     if needs_grad(x, weight, bias):
         return False
@@ -47,7 +47,7 @@ def linear(backend: ModuleType | None, x: Tensor, weight: Tensor, bias: Tensor |
     """x @ weight.mT + bias, as `torch.nn.functional.linear`: (..., N).
 
     Args:
-        backend: what `support.route` answered for these tensors; None for torch's own op.
+        backend: what `routing.route` answered for these tensors; None for torch's own op.
         x: (..., K) with 1 to 3 axes, weight (N, K), bias (N,).
         panels: `backend.pack_linear(weight, bias)` where `packs`, else None.
     """
@@ -104,7 +104,7 @@ class LinearFunction(torch.autograd.Function):
         """Gradients of x, weight and bias, None for those that need none."""
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
-        if not support.kernels_differentiate((dy,)):
+        if not routing.kernels_differentiate((dy,)):
             bias = weight.new_zeros(weight.shape[0], requires_grad=True) if needs[2] else None
             grads = composite_backward(
                 lambda x, weight, bias: (F.linear(x, weight, bias),), (x, weight, bias), (dy,), needs

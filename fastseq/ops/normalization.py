@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.functional import layer_norm as torchs_layer_norm  # now: the name may come to lead here
 
 from fastseq.backends.contract import Refused
-from fastseq.ops import support
+from fastseq.ops import routing
 from fastseq.ops.autograd import c_apply, composite_backward, needs_grad, save, saved
-from fastseq.ops.checks import check_tensor
-from fastseq.ops.kernel_calls import contiguous, unit_stride
-from fastseq.ops.support import Route
+from fastseq.ops.recurrent.checks import check_tensor
+from fastseq.ops.recurrent.kernels import contiguous, unit_stride
+from fastseq.ops.routing import Route
 
 # From how many elements on the kernels are faster than torch's op, measured with 1 and with 4 threads on Zen 3: below,
 # the way to them costs more than they save. A number of elements and not of threads, on which no result may depend.
@@ -67,7 +67,7 @@ def layer_norm(
     """
     if residual is None:
         # First what sends most calls to torch: small ones feel the rest of the way there.
-        if support.is_compiling() or not isinstance(input, Tensor) or input.numel() < FEWEST_ELEMENTS:
+        if routing.is_compiling() or not isinstance(input, Tensor) or input.numel() < FEWEST_ELEMENTS:
             return torchs_layer_norm(input, normalized_shape, weight, bias, eps)
         return _normalize(input, normalized_shape, weight, bias, eps, None, False)[0]
     check_tensor("residual", residual)
@@ -145,7 +145,7 @@ def _backend(
     fewest: int,
 ) -> ModuleType | None:
     """The backend that serves a call; None where torch's op is to compute it, or to name the mistake."""
-    if support.is_compiling():  # before the size is looked at, which would become a guard of the graph
+    if routing.is_compiling():  # before the size is looked at, which would become a guard of the graph
         return None
     if not isinstance(input, Tensor) or not isinstance(normalized_shape, tuple | list) or not normalized_shape:
         return None
@@ -158,7 +158,7 @@ def _backend(
         return None
     if not all(t is None or t.shape == shape[-len(normalized_shape) :] for t in (weight, bias)):
         return None
-    route, backend = support.route((input, weight, bias, residual))
+    route, backend = routing.route((input, weight, bias, residual))
     return backend if route is Route.KERNELS else None
 
 
@@ -223,7 +223,7 @@ class LayerNormFunction(torch.autograd.Function):
         z, weight, bias, mean, rstd = saved(ctx)
         backend, eps = ctx.how
         needs = (needs_x or needs_residual, *needs_affine)
-        if support.kernels_differentiate((dy, dz)):
+        if routing.kernels_differentiate((dy, dz)):
             dx, dweight, dbias = backend.layer_norm_backward(
                 unit_stride(dy), unit_stride(dz), unit_stride(z), contiguous(weight), mean, rstd, needs=needs
             )

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor
 
-from fastseq.ops import checks
-from fastseq.ops.cell import Cell
-from fastseq.ops.recurrent import run_cell, run_sequence
+from fastseq.ops.recurrent import checks
+from fastseq.ops.recurrent.function import run_cell, run_sequence
+from fastseq.ops.recurrent.spec import Cell
 
 
 def _lstm(x: Tensor, h: Tensor, c: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -17,13 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastseq.reference import (
-    dropout_kept,
-    scaled_dot_product_attention_backward,
-    scaled_dot_product_attention_forward,
-)
-from fastseq.verify.comparison import Family
-from fastseq.verify.tensors import array, poisoned_memory
+from fastseq.reference import dropout_kept, scaled_dot_product_attention_backward, scaled_dot_product_attention_forward
+from fastseq.tools.verify.comparison import Family
+from fastseq.tools.verify.tensors import array, poisoned_memory
 
 MASK_AXES = "BNLS"
 # L queries, S keys, D features of both, E of values.

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq.reference import layernorm_backward, layernorm_forward
-from fastseq.verify.comparison import Family
-from fastseq.verify.tensors import array, poisoned_memory
+from fastseq.tools.verify.comparison import Family
+from fastseq.tools.verify.tensors import array, poisoned_memory
 
 EPS = 1e-5
 AXES = dict.fromkeys(("x", "residual", "dy", "dz", "y", "z", "dx"), "TBN")

@@ -1,6 +1,6 @@
 """A layer in plain torch ops, step by step: what the kernels mean, for every case that they do not serve.
 
-Same arguments and results as the kernels' layer (`cell.Layer`). Whatever torch can do with its own ops (create_graph,
+Same arguments and results as the kernels' layer (`spec.Layer`). Whatever torch can do with its own ops (create_graph,
 jvp, vmap, FakeTensor, tracing, any dtype or device) it can do with this.
 """
 
@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastseq.ops import support
-from fastseq.ops.cell import Cell, Direction, Layer, Results, Weights
+from fastseq.ops import routing
+from fastseq.ops.recurrent.spec import Cell, Direction, Layer, Results, Weights
 
 
 def layer(call: Layer, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Weights) -> Results:
     """Runs one layer. `h_0` and `c_0` are (D, B, H); each direction of `weights` may end with a projection."""
-    if support.any_autocast() and torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+    if routing.any_autocast() and torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
         return _autocast_layer(call, x, h_0, c_0, weights)
-    if call.plain and not support.transformed():
+    if call.plain and not routing.transformed():
         return _torch_layer(call, x, h_0, c_0, weights)
     rows = call.rows
     if rows is not None and rows.packed:

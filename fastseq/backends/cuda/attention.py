@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastseq.backends.contract import Refused
-from fastseq.backends.cuda_library import compute_dtype, library, stream_of, to_device
+from fastseq.backends.cuda.library import compute_dtype, library, stream_of, to_device
 
 __all__ = ["attention_backward", "attention_forward"]
 

@@ -15,7 +15,7 @@ import torch
 
 import fastseq
 from fastseq import backends
-from fastseq.ops.support import SERVICE
+from fastseq.ops.routing import SERVICE
 
 # What /proc/cpuinfo must list, best last; csrc/dispatch.cpp asks the processor the same.
 _AVX2 = ("avx2", "fma", "f16c", "bmi1", "bmi2")

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq.backends.contract import Refused
-from fastseq.ops import support
-from fastseq.ops.attention_call import (
+from fastseq.ops import routing
+from fastseq.ops.attention.function import apply_plain, attend
+from fastseq.ops.attention.spec import (
     Attention,
     Integers,
     Operands,
@@ -26,8 +27,7 @@ from fastseq.ops.attention_call import (
     check_softcap,
     fit,
 )
-from fastseq.ops.attention_function import apply_plain, attend
-from fastseq.ops.support import Route
+from fastseq.ops.routing import Route
 
 # The op itself, not its name in torch.nn.functional: inside `fastseq.sdpa_kernels()` that one leads here.
 torch_attention = torch._C._nn.scaled_dot_product_attention
@@ -191,11 +191,11 @@ def _plain(
     None where the kernels do not serve it, or the arguments do not fit. The binding checks types, dtypes, devices,
     shapes and strides itself, and tiny calls are as long as their checks, so nothing is checked twice.
     """
-    if support.observed() or not (isinstance(is_causal, bool) and isinstance(enable_gqa, bool)):
+    if routing.observed() or not (isinstance(is_causal, bool) and isinstance(enable_gqa, bool)):
         return None
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         return None
-    backend = support.backend_of(query)
+    backend = routing.backend_of(query)
     if backend is None or query.is_nested or key.is_nested:
         return None
     shape, key_shape = query.shape, key.shape
@@ -213,7 +213,7 @@ def _plain(
             if differentiable:
                 return apply_plain(backend, scale, right, query, key, value)
             return backend.attention_forward(query, key, value, scale=scale, right=right, out=out)[0]
-        if differentiable or is_causal or type(attn_mask) not in support.PLAIN_TYPES or attn_mask.dim() < 2:
+        if differentiable or is_causal or type(attn_mask) not in routing.PLAIN_TYPES or attn_mask.dim() < 2:
             return None
         if attn_mask.requires_grad and torch.is_grad_enabled():
             return None
@@ -241,7 +241,7 @@ def _keeps_layout(
 
 def _check_rows(key: object, value: object) -> None:
     """As many rows in key as in value: torch's op reads and writes past the shorter one's memory instead of asking."""
-    if type(key) in support.PLAIN_TYPES and type(value) in support.PLAIN_TYPES:
+    if type(key) in routing.PLAIN_TYPES and type(value) in routing.PLAIN_TYPES:
         strided = key.layout is value.layout is torch.strided and not (key.is_nested or value.is_nested)
         if strided and min(key.dim(), value.dim()) >= 2 and key.shape[-2] != value.shape[-2]:
             raise RuntimeError(
@@ -252,7 +252,7 @@ def _check_rows(key: object, value: object) -> None:
 
 def _causal_bias(mask: object) -> bool:
     """True for the causal masks of torch.nn.attention.bias, whose import takes a second: it brings the compiler."""
-    if mask is None or type(mask) in support.PLAIN_TYPES or support.is_compiling():
+    if mask is None or type(mask) in routing.PLAIN_TYPES or routing.is_compiling():
         return False
     module = sys.modules.get("torch.nn.attention.bias")
     return module is not None and type(mask) is module.CausalBias
@@ -270,8 +270,8 @@ def _alignment(query: object, key: object, value: object, mask: Tensor) -> str |
 def overridden(arguments: Iterable[object]) -> bool:
     """True where a mode or a tensor subclass overrides torch's function called with these arguments, but for torch's
     causal biases, which `scaled_dot_product_attention` knows."""
-    return support.foreign_function_modes() or any(
-        type(a) not in support.PLAIN_TYPES and hasattr(type(a), "__torch_function__") and not _causal_bias(a)
+    return routing.foreign_function_modes() or any(
+        type(a) not in routing.PLAIN_TYPES and hasattr(type(a), "__torch_function__") and not _causal_bias(a)
         for a in arguments
     )
 
@@ -284,9 +284,9 @@ def _route(query: object, key: object, value: object, mask: object, slopes: obje
         others.append(slopes)  # of any dtype
     if not all(isinstance(t, Tensor) for t in tensors):
         return Route.TORCH, None
-    route, backend = support.route(tensors, cuda=True)
+    route, backend = routing.route(tensors, cuda=True)
     if route is Route.KERNELS and not all(
-        support.plain(t, t.dtype, query.is_cuda) and t.device == query.device for t in others
+        routing.plain(t, t.dtype, query.is_cuda) and t.device == query.device for t in others
     ):
         return Route.TORCH, None
     return route, backend
@@ -298,7 +298,7 @@ def _alike(query: object, key: object, value: object, mask: object) -> bool:
     if not all(isinstance(t, Tensor) and t.is_floating_point() for t in tensors):
         return False
     if any(t.dtype != query.dtype or t.device != query.device for t in tensors):
-        return support.any_autocast()
+        return routing.any_autocast()
     return mask is None or (isinstance(mask, Tensor) and mask.dtype in (torch.bool, torch.float32, query.dtype))
 
 

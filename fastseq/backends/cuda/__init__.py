@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fastseq.backends.cuda_attention import attention_backward, attention_forward
-from fastseq.backends.cuda_library import LIBRARY, open_library, use_emulation, why_off
-from fastseq.backends.cuda_recurrent import recurrent_backward, recurrent_forward, recurrent_step
+from fastseq.backends.cuda.attention import attention_backward, attention_forward
+from fastseq.backends.cuda.library import LIBRARY, open_library, use_emulation, why_off
+from fastseq.backends.cuda.recurrent import recurrent_backward, recurrent_forward, recurrent_step
 
 __all__ = [
     "LIBRARY",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastseq.backends.contract import Refused
-from fastseq.backends.cuda_library import CELLS, compute_dtype, library, stream_of, to_device
+from fastseq.backends.cuda.library import CELLS, compute_dtype, library, stream_of, to_device
 
 __all__ = ["recurrent_backward", "recurrent_forward", "recurrent_step"]
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fastseq.reference.torch_layout import recurrent_forward_backward, torch_layers
-from fastseq.verify.comparison import Family
-from fastseq.verify.tensors import array, poisoned_memory
+from fastseq.tools.verify.comparison import Family
+from fastseq.tools.verify.tensors import array, poisoned_memory
 
 GATES = {name: layer.gates for name, layer in torch_layers().items()}
 CELLS = tuple(GATES)

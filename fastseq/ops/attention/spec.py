@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastseq.ops import checks, support
+from fastseq.ops import routing
 from fastseq.ops.lengths import check_unread_integers, integers, row_lengths
 from fastseq.ops.limits import Limits, assured, in_graph, readable
+from fastseq.ops.recurrent import checks
 
 Integers = Tensor | Sequence[int]
 ALIGNMENTS = ("upper_left", "lower_right")
@@ -269,7 +270,7 @@ def check_packed(
     return q, k
 
 
-@support.inlined
+@routing.inlined
 def _cumulative(name: str, cu_seqlens: Integers, total: int, device: torch.device) -> Packed:
     if not readable(cu_seqlens):
         limits, checked = Limits(name, total, None), False

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastseq.ops import support
+from fastseq.ops import routing
 from fastseq.ops.limits import readable, seen
 
 if TYPE_CHECKING:
     from torch.nn.utils.rnn import PackedSequence
 
-    from fastseq.ops.cell import Cell, Direction
+    from fastseq.ops.recurrent.spec import Cell, Direction
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -127,7 +127,7 @@ def unlike(tensors: Sequence[Tensor | None], others: int) -> str | None:
     """The first tensor with another device or dtype than the input's, which comes first, then states, then, from place
     `others` on, parameters. Autocast casts: under it dtypes may differ.
     """
-    first, autocast = tensors[0], support.any_autocast()
+    first, autocast = tensors[0], routing.any_autocast()
     for place, t in enumerate(tensors):
         if t is None or ((autocast or t.dtype is first.dtype) and t.device == first.device):
             continue
@@ -166,7 +166,7 @@ def check_states(input: Tensor, states: Sequence[Tensor | None], or_float32: boo
                 f"found input tensor at {input.device} and hidden tensor at {state.device}"
             )
         fits = state.dtype is input.dtype or (or_float32 and state.dtype is torch.float32)
-        if not fits and not support.any_autocast():
+        if not fits and not routing.any_autocast():
             raise RuntimeError(
                 "Input and hidden tensors are not the same dtype, "
                 f"found input tensor with {input.dtype} and hidden tensor with {state.dtype}"
@@ -207,7 +207,7 @@ def check_sequence(cell: Cell, input: Tensor, h_0: Tensor | None, c_0: Tensor | 
         if tensor is None:
             continue
         wide_state = key.endswith("_0") and (input.dtype, tensor.dtype) == (torch.bfloat16, torch.float32)
-        if tensor.dtype != input.dtype and not wide_state and not support.any_autocast():
+        if tensor.dtype != input.dtype and not wide_state and not routing.any_autocast():
             raise ValueError(f"RNN input dtype ({input.dtype}) does not match {key} dtype ({tensor.dtype})")
         if tensor.device != input.device:
             raise RuntimeError(

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq.ops.cell import Layer, Results
 from fastseq.ops.lengths import Rows
+from fastseq.ops.recurrent.spec import Layer, Results
 
 
 def forward(

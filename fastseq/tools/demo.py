@@ -19,9 +19,9 @@ from rich.table import Table
 
 import fastseq
 from fastseq import backends
-from fastseq.char_lm import CharLM, Text, Training, read_text, sample, standard_library_text
-from fastseq.info import cpu_name
 from fastseq.ops import RecurrentFunction
+from fastseq.tools.char_lm import CharLM, Text, Training, read_text, sample, standard_library_text
+from fastseq.tools.info import cpu_name
 
 SEED = 0
 BATCH, WINDOW = 16, 64

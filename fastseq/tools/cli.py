@@ -12,8 +12,8 @@ from typing import NoReturn
 
 import torch
 
-from fastseq import info, verify
-from fastseq.char_lm import LAYERS, TextError
+from fastseq.tools import info, verify
+from fastseq.tools.char_lm import LAYERS, TextError
 
 USAGE_ERROR = 2
 MOST_THREADS = 1024
@@ -96,7 +96,7 @@ def _demo(options: argparse.Namespace) -> int:
         return _refuse("demo", f"--output must end in .png, got {options.output}")
     if error := _unwritable(options.output):
         return _refuse("demo", error)
-    from fastseq import demo  # not at the top: it needs the extra
+    from fastseq.tools import demo  # not at the top: it needs the extra
 
     _use_threads(options.threads)
     try:
@@ -108,7 +108,7 @@ def _demo(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     if error := _missing("jinja2", "matplotlib") or _unwritable(options.output):
         return _refuse("report", error)
-    from fastseq import report  # not at the top: it needs the extra
+    from fastseq.tools import report  # not at the top: it needs the extra
 
     try:
         return report.run(options.record, options.output)

@@ -31,7 +31,7 @@ class Route(Enum):
     """Who computes a call."""
 
     KERNELS = "kernels"
-    TORCH = "torch"  # torch's own op; with lengths, reset or return_states: composite.py
+    TORCH = "torch"  # torch's own op; with lengths, reset or return_states: formula.py
     COMPOSITE = "composite"  # torch ops step by step, which every transform of torch.func understands
     GRAPH = "graph"  # one opaque op in the graph of torch.compile; the kernels run inside
 

@@ -1,6 +1,6 @@
 """One layer of any recurrent cell, in one or two directions, and one step of it: kernels behind autograd.
 
-`run_layer` and `run_step` choose who computes (`support.route`); `RecurrentFunction` and `StepFunction`
+`run_layer` and `run_step` choose who computes (`routing.route`); `RecurrentFunction` and `StepFunction`
 are the `torch.autograd.Function`s over the kernels of the active backend.
 """
 
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from fastseq.backends.contract import Refused
-from fastseq.ops import autograd, checks, composite, graph, kernel_calls, support
+from fastseq.ops import autograd, routing
 from fastseq.ops.autograd import c_apply, composite_backward, needs_grad
-from fastseq.ops.cell import Cell, Direction, Layer, Results, Weights
-from fastseq.ops.kernel_calls import unit_stride
 from fastseq.ops.lengths import Rows, padded_rows
-from fastseq.ops.support import Route
+from fastseq.ops.recurrent import checks, formula, graph, kernels
+from fastseq.ops.recurrent.kernels import unit_stride
+from fastseq.ops.recurrent.spec import Cell, Direction, Layer, Results, Weights
+from fastseq.ops.routing import Route
 
 
 def run_layer(
@@ -38,7 +39,7 @@ def run_layer(
         x: (T, B, I), or (R, I) where `call.rows` is packed.
         h_0, c_0: (D, B, H) or None for zeros.
         weights: per direction.
-        route, backend: what `support.route` answered for these tensors.
+        route, backend: what `routing.route` answered for these tensors.
         panels: packed weights per direction; only where nothing needs a gradient.
     """
     if route is Route.KERNELS and _kernels_read(call.rows, call.reset):
@@ -46,10 +47,10 @@ def run_layer(
         try:
             if panels is None and needs_grad(x, h_0, c_0, *flat):
                 return Results(*_apply_layer(call, backend, x, h_0, c_0, *flat))
-            return kernel_calls.forward(call, backend, x, h_0, c_0, flat, panels)[0]
+            return kernels.forward(call, backend, x, h_0, c_0, flat, panels)[0]
         except Refused:
             pass
-    layer = graph.layer if route is Route.GRAPH else composite.layer
+    layer = graph.layer if route is Route.GRAPH else formula.layer
     return _laid_out(call, layer(call, x, h_0, c_0, weights))
 
 
@@ -60,7 +61,7 @@ def _laid_out(call: Layer, results: Results) -> Results:
 def _kernels_read(rows: Rows | None, reset: Tensor | None) -> bool:
     # What route() does not see. Lengths that only torch can read, such as those of a subclass, have no batch sizes.
     return (rows is None or (rows.batch_sizes is not None and rows.longest > 0)) and (
-        reset is None or support.plain(reset, torch.bool, reset.is_cuda)
+        reset is None or routing.plain(reset, torch.bool, reset.is_cuda)
     )
 
 
@@ -81,10 +82,10 @@ def run_sequence(
     steps, batch = input.shape[:2]
     if reset is not None:
         checks.check_reset(reset, (steps, batch), input.device)
-    route, backend = support.route((input, *weights), (h_0, c_0), cuda=True)
+    route, backend = routing.route((input, *weights), (h_0, c_0), cuda=True)
     if input.numel() == 0 and route in (Route.KERNELS, Route.GRAPH):
         route = Route.TORCH
-    if support.is_compiling() and route is Route.TORCH and not torch.compiler.is_exporting():
+    if routing.is_compiling() and route is Route.TORCH and not torch.compiler.is_exporting():
         # Outside the graph, as torch runs its own recurrent modules.
         options = {"lengths": lengths, "reset": reset, "reverse": reverse, "return_states": return_states}
         return torch.compiler.disable(run_sequence)(cell, input, h_0, c_0, weights, **options)
@@ -114,9 +115,9 @@ def run_step(
         mistake. The backend
     checks types, dtypes, devices, shapes and strides itself, and here its time counts, so nothing is checked twice.
     """
-    if support.observed():
+    if routing.observed():
         return None
-    backend = support.backend_of(x)
+    backend = routing.backend_of(x)
     if backend is None:
         return None
     w_ih, w_hh, b_ih, b_hh = weights
@@ -135,10 +136,10 @@ def run_cell(cell: Cell, x: Tensor, h: Tensor, c: Tensor | None, weights: Direct
     result = run_step(cell, x, h, c, weights)
     if result is not None:
         return result
-    if not support.is_compiling() and (misfit := checks.step_misfit(cell, x, h, c, weights)):
+    if not routing.is_compiling() and (misfit := checks.step_misfit(cell, x, h, c, weights)):
         raise RuntimeError(misfit)
-    if support.transformed():
-        return composite.step(cell, x, h, c, weights)
+    if routing.transformed():
+        return formula.step(cell, x, h, c, weights)
     result = cell.step_op(x, (h, c) if cell.has_c else h, *weights)
     return result if cell.has_c else (result, None)
 
@@ -148,7 +149,7 @@ class RecurrentFunction(torch.autograd.Function):
 
     `RecurrentFunction.apply(call, backend, x, h_0, c_0, *weights)` returns `(y, h_n, c_n, c_all)`; `call` is a `Layer`,
     `backend` a module with `recurrent_forward` and `recurrent_backward`, the weights four per direction (`None` for
-    absent biases). Shapes are those of `run_layer`. The tensors must be what `support.route` calls fit for the kernels;
+    absent biases). Shapes are those of `run_layer`. The tensors must be what `routing.route` calls fit for the kernels;
     `fastseq.rnn`, `lstm` and `gru` see to that.
 
     The backward destroys the values that the forward saved. A second one through the same graph runs the forward again
@@ -182,7 +183,7 @@ class RecurrentFunction(torch.autograd.Function):
         *weights: Tensor | None,
     ) -> Results:
         """See the class."""
-        results, saved = kernel_calls.forward(call, backend, x, h_0, c_0, weights, save=True)
+        results, saved = kernels.forward(call, backend, x, h_0, c_0, weights, save=True)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.backend, ctx.isa = call, backend, backend.active_isa()
         _keep(ctx, (x, h_0, c_0, *weights), results.y, saved)
@@ -192,7 +193,7 @@ class RecurrentFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dc_all: Tensor | None) -> tuple:
         """Gradients of the inputs, None for those that need none."""
         grads = (dy, dh_n, dc_n, dc_all)
-        by_kernels = support.kernels_differentiate(grads)
+        by_kernels = routing.kernels_differentiate(grads)
         call, (x, h_0, c_0, *weights), y, saved = _kept(ctx, by_kernels)
         if not by_kernels:
             directions = len(call.reverse)
@@ -201,7 +202,7 @@ class RecurrentFunction(torch.autograd.Function):
                 None,
                 *composite_backward(
                     lambda x, h, c, *w: _laid_out(
-                        call, composite.layer(call, x, h, c, [w[4 * d : 4 * d + 4] for d in range(directions)])
+                        call, formula.layer(call, x, h, c, [w[4 * d : 4 * d + 4] for d in range(directions)])
                     ),
                     (x, h_0, c_0, *weights),
                     grads,
@@ -210,13 +211,13 @@ class RecurrentFunction(torch.autograd.Function):
             )
         isa = ctx.isa
         if saved is None:
-            (y, *_), saved = kernel_calls.forward(call, ctx.backend, x, h_0, c_0, weights, save=True)
+            (y, *_), saved = kernels.forward(call, ctx.backend, x, h_0, c_0, weights, save=True)
             isa = ctx.backend.active_isa()
         needs = ctx.needs_input_grad[2:]
         return (
             None,
             None,
-            *kernel_calls.backward(call, ctx.backend, x, h_0, c_0, weights, y, saved, isa, grads, needs),
+            *kernels.backward(call, ctx.backend, x, h_0, c_0, weights, y, saved, isa, grads, needs),
         )
 
 
@@ -266,8 +267,8 @@ class StepFunction(torch.autograd.Function):
         weights = [w_ih, w_hh, *((None, None) if no_bias else others)]
         inputs = [x, h, c, *weights]
         needs = ctx.needs_input_grad[2:]
-        if not support.kernels_differentiate((dh, dc)):
-            grads = composite_backward(lambda x, h, c, *w: composite.step(cell, x, h, c, w), inputs, (dh, dc), needs)
+        if not routing.kernels_differentiate((dh, dc)):
+            grads = composite_backward(lambda x, h, c, *w: formula.step(cell, x, h, c, w), inputs, (dh, dc), needs)
             return None, None, *grads
         dh, dc = unit_stride(dh), unit_stride(dc)
         grad = dc if dh is None else dh
@@ -317,7 +318,7 @@ def _keep(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor, saved: tu
             batch_sizes = batch_sizes.clone()  # the caller's, who may change them as with torch
         inputs += (ctx.call.reset, lengths, batch_sizes, order)
     ctx.kept = len(inputs)
-    if support.saving_hooks():
+    if routing.saving_hooks():
         autograd.save(ctx, *inputs, output, *saved)
         ctx.once = [None]
     else:

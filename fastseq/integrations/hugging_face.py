@@ -2,9 +2,9 @@
 
 Example:
     >>> from importlib.util import find_spec
-    >>> import fastseq.hugging_face
+    >>> from fastseq.integrations import hugging_face
     >>> if find_spec("transformers"):
-    ...     fastseq.hugging_face.register()  # then AutoModel.from_pretrained(name, attn_implementation="fastseq")
+    ...     hugging_face.register()  # then AutoModel.from_pretrained(name, attn_implementation="fastseq")
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def register() -> None:
 
         choose = PreTrainedModel.get_correct_attn_implementation
     except (ImportError, AttributeError) as error:
-        raise ImportError(f"fastseq.hugging_face.register needs transformers 4.56 or later: {error}") from error
+        raise ImportError(f"hugging_face.register needs transformers 4.56 or later: {error}") from error
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 

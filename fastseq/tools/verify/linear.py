@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq.reference import temporal_affine_forward
-from fastseq.verify.comparison import Family
-from fastseq.verify.tensors import array, poisoned_memory
+from fastseq.tools.verify.comparison import Family
+from fastseq.tools.verify.tensors import array, poisoned_memory
 
 AXES = {"x": "K", "weight": "NK", "bias": "N", "y": "N"}
 

@@ -13,13 +13,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastseq.ops import composite, kernel_calls, support
-from fastseq.ops.cell import Cell, Layer, Results, Weights
+from fastseq.ops import routing
 from fastseq.ops.lengths import padded_rows
+from fastseq.ops.recurrent import formula, kernels
+from fastseq.ops.recurrent.spec import Cell, Layer, Results, Weights
 
 
 def layer(call: Layer, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Weights) -> Results:
-    """As `composite.layer`, for padded sequences."""
+    """As `formula.layer`, for padded sequences."""
     y, h_n, c_n, c_all = recurrent_layer(
         x,
         h_0,
@@ -51,7 +52,7 @@ def _call(
     *options: bool,
 ) -> tuple[Layer, ModuleType, list[Tensor | None]]:
     """The call, who computes it, and its weights with None for absent biases."""
-    backend = support.backend_of(x)
+    backend = routing.backend_of(x)
     if backend is None:
         raise RuntimeError(
             "this graph was compiled for the kernels, which are switched off: call torch._dynamo.reset()"
@@ -76,16 +77,16 @@ def recurrent_layer(
     want_c: bool,
     float_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, h_n, c_n and c_all of `cell.Results`; empty tensors where the cell has no c or c_all is not wanted.
+    """y, h_n, c_n and c_all of `spec.Results`; empty tensors where the cell has no c or c_all is not wanted.
 
     The weights are those of each direction in turn, two or with biases four.
     """
     call, backend, weights = _call(x, weights, lengths, reset, cell, reverse, want_c, float_state)
     if call.rows is not None and not call.rows.longest:
         directions = [tuple(weights[start : start + 4]) for start in range(0, len(weights), 4)]
-        results = composite.layer(call, x, h_0, c_0, directions)
+        results = formula.layer(call, x, h_0, c_0, directions)
     else:
-        results, _ = kernel_calls.forward(call, backend, x, h_0, c_0, weights)
+        results, _ = kernels.forward(call, backend, x, h_0, c_0, weights)
     y, h_n, c_n, c_all = (x.new_empty(0) if r is None else r.contiguous() for r in results)
     return y, h_n, c_n, c_all
 
@@ -127,11 +128,11 @@ def recurrent_layer_backward(
     if call.rows is not None and not call.rows.longest:  # the states passed through, and nothing else
         found = [None, *(None if g is None else g.clone() for g in (dh_n, dc_n)), *[None] * len(weights)]
     else:
-        (y, *_), saved = kernel_calls.forward(call, backend, x, h_0, c_0, weights, save=True)
+        (y, *_), saved = kernels.forward(call, backend, x, h_0, c_0, weights, save=True)
         wanted = iter(needs[3:])
         all_needs = (*needs[:3], *(w is not None and next(wanted) for w in weights))
         grads, isa = (dy, dh_n, dc_n, dc_all), backend.active_isa()
-        found = kernel_calls.backward(call, backend, x, h_0, c_0, weights, y, saved, isa, grads, all_needs)
+        found = kernels.backward(call, backend, x, h_0, c_0, weights, y, saved, isa, grads, all_needs)
     found = [*found[:3], *(g for g, w in zip(found[3:], weights, strict=True) if w is not None)]
     return [
         torch.zeros_like(t, memory_format=torch.contiguous_format) if g is None else g.contiguous()

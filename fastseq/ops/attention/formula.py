@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastseq.ops import support
-from fastseq.ops.attention_call import Attention
+from fastseq.ops import routing
+from fastseq.ops.attention.spec import Attention
 
 
 def attention(
@@ -33,7 +33,7 @@ def attention(
         seed: of the dropout, int64.
     """
     device = q.device.type
-    if support.any_autocast() and torch.is_autocast_enabled(device) and q.dtype is not torch.float64:
+    if routing.any_autocast() and torch.is_autocast_enabled(device) and q.dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         with torch.autocast(device, enabled=False):

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fastseq.backends.contract import Refused
-from fastseq.ops import attention_composite, support
-from fastseq.ops.attention_call import Attention
+from fastseq.ops import routing
+from fastseq.ops.attention import formula
+from fastseq.ops.attention.spec import Attention
 from fastseq.ops.autograd import c_apply, composite_backward, needs_grad, save, saved
-from fastseq.ops.kernel_calls import unit_stride
+from fastseq.ops.recurrent.kernels import unit_stride
 
 _TENSORS = ("lengths_q", "lengths_k", "starts_q", "starts_k", "alibi_slopes")  # of an `Attention`
 
@@ -32,7 +33,7 @@ def attend(
     """The output (B, N, L, E) and, if wanted, the lse (B, N, L), of checked tensors. From kernels the lse is float64.
 
     Args:
-        backend: what `support.route` answered for these tensors, none of them empty; None for torch ops.
+        backend: what `routing.route` answered for these tensors, none of them empty; None for torch ops.
         q, k, v: (B, N, L, D), (B, Nk, S, D), (B, Nk, S, E).
         bias: (B|1, N|1, L|1, S|1), added to the scores.
         allowed: (B|1, N|1, L|1, S|1) bool, True where a query may see a key.
@@ -49,7 +50,7 @@ def attend(
             return _forward(call, backend, number, keep_layout, q, k, v, bias, allowed, want_lse)
         except Refused:
             pass
-    return attention_composite.attention(call, q, k, v, bias, allowed, seed)
+    return formula.attention(call, q, k, v, bias, allowed, seed)
 
 
 def _forward(
@@ -148,9 +149,9 @@ class AttentionFunction(torch.autograd.Function):
         if others:
             call = call._replace(**dict(zip(_TENSORS, others, strict=True)))
         needs = ctx.needs_input_grad[4:8]
-        if not support.kernels_differentiate((dout, dlse)):
+        if not routing.kernels_differentiate((dout, dlse)):
             grads = composite_backward(
-                lambda q, k, v, bias: attention_composite.attention(call, q, k, v, bias, allowed, seed),
+                lambda q, k, v, bias: formula.attention(call, q, k, v, bias, allowed, seed),
                 (q, k, v, bias),
                 (dout, dlse),
                 needs,
@@ -196,10 +197,10 @@ class PlainAttentionFunction(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         backend, scale, right = ctx.how
         needs = ctx.needs_input_grad[3:]
-        if not support.kernels_differentiate((dout,)):
+        if not routing.kernels_differentiate((dout,)):
             call = Attention(scale, right=right)
             grads = composite_backward(
-                lambda q, k, v: attention_composite.attention(call, q, k, v, None, None, None),
+                lambda q, k, v: formula.attention(call, q, k, v, None, None, None),
                 (q, k, v),
                 (dout, None),
                 needs,
@@ -245,11 +246,11 @@ class SelfAttentionFunction(torch.autograd.Function):
             return heads_of(x, 1, heads, batch_first)[0]
 
         scale = outputs(out).shape[3] ** -0.5
-        if not support.kernels_differentiate((dout,)):
+        if not routing.kernels_differentiate((dout,)):
 
             def composite(qkv: Tensor) -> tuple[Tensor]:
                 call = Attention(scale, right=right)
-                result, _ = attention_composite.attention(call, *heads_of(qkv, 3, heads, batch_first), None, None, None)
+                result, _ = formula.attention(call, *heads_of(qkv, 3, heads, batch_first), None, None, None)
                 result = result.transpose(1, 2) if batch_first else result.permute(2, 0, 1, 3)
                 return (result.flatten(2),)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastseq.reference.verdict import EPS, Verdict, error_rule
-from fastseq.verify.equivalent import permutations
+from fastseq.tools.verify.equivalent import permutations
 
 FIRST_SETTLES = 0.5  # of what the rule allows
 

@@ -12,10 +12,10 @@ from itertools import product
 
 import torch
 
-from fastseq.info import load_cuda_kernels, load_kernels
 from fastseq.reference.verdict import Verdict
-from fastseq.verify import attention, layer_norm, linear, recurrent
-from fastseq.verify.comparison import compare
+from fastseq.tools.info import load_cuda_kernels, load_kernels
+from fastseq.tools.verify import attention, layer_norm, linear, recurrent
+from fastseq.tools.verify.comparison import compare
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 SHOWN_FAILURES = 4  # per row of the table

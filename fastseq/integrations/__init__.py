@@ -1,0 +1,1 @@
+"""fastseq inside other libraries."""

@@ -1,0 +1,1 @@
+"""The command `fastseq`: info, verify, demo, report."""
