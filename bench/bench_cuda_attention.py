@@ -147,7 +147,7 @@ def served(call: Call, function: Callable[..., Tensor], mode: str) -> Callable[[
 
 def measure(arguments: argparse.Namespace) -> Iterator[dict]:
     functions = {name: only(backend) for name, backend in PEERS.items()}
-    if backends.select_cuda() is not None:
+    if backends.select("attention", "cuda") is not None:
         functions["ours"] = fastseq.scaled_dot_product_attention
     for shape in shapes(arguments.longest):
         for dtype in arguments.dtype:

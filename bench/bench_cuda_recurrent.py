@@ -48,7 +48,7 @@ def jobs(name: str, shape: Shape, dtype: torch.dtype, mode: str) -> dict[str, Jo
     theirs = getattr(nn, name)(shape.I, shape.H, bidirectional=shape.bidirectional).to("cuda", dtype)
     torch_job = Job(copy.deepcopy(theirs), (converted(sequence, dtype),), mode)
     found = {"torch": torch_job, "exact": Job(theirs.double(), (converted(sequence, torch.float64),), mode)}
-    if backends.select_cuda() is not None:
+    if backends.select("recurrent", "cuda") is not None:
         ours = getattr(fastseq, name)(shape.I, shape.H, bidirectional=shape.bidirectional).to("cuda", dtype)
         ours.load_state_dict(torch_job.module.state_dict())
         found["ours"] = Job(ours, (converted(sequence, dtype),), mode)

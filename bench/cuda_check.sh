@@ -20,9 +20,9 @@ install() {
   "$PYTHON" -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --upgrade --target "$SITE" \
     "${WHEEL:-.}" && "$PYTHON" -P -c '
 import torch
-from fastseq.backends import cuda, select_cuda
+from fastseq.backends import cuda, select
 print(torch.__version__, torch.cuda.get_device_name(), cuda.LIBRARY)
-assert select_cuda() is cuda, cuda.why_off()'
+assert select("recurrent", "cuda") is cuda, cuda.why_off()'
 }
 verify() { "$PYTHON" -P -m fastseq info && "$PYTHON" -P -m fastseq verify --isa cuda; }
 run_tests() { "$PYTHON" -P -m pytest -q -p no:cacheprovider tests/test_cuda_recurrent.py tests/test_cuda_attention.py; }

@@ -48,7 +48,7 @@ def tabulate(
         "cuDNN": torch.backends.cudnn.version(),
         "TF32": arguments.tf32,
         **settings,
-        "ours": backends.select_cuda() is not None,
+        "ours": backends.select("recurrent", "cuda") is not None,
     }
     print(", ".join(f"{key} {value}" for key, value in machine.items()) + "\n")
     if title:

@@ -6,7 +6,7 @@ import torch
 
 from fastseq import backends
 
-native = backends.select()
+native = backends.select("attention")
 
 NAMES = ("dq", "dk", "dv", "dbias")
 

@@ -7,7 +7,7 @@ from cases import CELLS
 
 from fastseq import backends
 
-native = backends.select()
+native = backends.select("recurrent")
 
 T, B, I, H = 7, 5, 9, 11  # noqa: E741
 

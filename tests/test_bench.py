@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
-    if backends.select() is None:
+    if backends.select("recurrent") is None:
         pytest.skip("the kernels are not built")
     pytest.importorskip("pytest_benchmark", reason="pytest-benchmark comes with the extra `bench`")
     path = tmp_path_factory.mktemp("bench") / "record.json"

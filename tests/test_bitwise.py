@@ -8,7 +8,7 @@ import fastseq
 from fastseq import backends
 from fastseq.tools.verify.recurrent import Case, make_inputs
 
-native = backends.select()
+native = backends.select("recurrent")
 if native is None:
     pytest.skip("the kernels are not built", allow_module_level=True)
 

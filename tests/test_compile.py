@@ -17,7 +17,7 @@ from fastseq import backends
 from fastseq.ops import CELLS, routing
 from fastseq.ops.recurrent import graph
 
-if backends.select() is None:
+if backends.select("recurrent") is None:
     pytest.skip("the kernels are not built", allow_module_level=True)
 
 T, B, I, H = 3, 2, 3, 2  # noqa: E741
@@ -196,6 +196,6 @@ def test_no_decision_for_a_graph_is_used_outside_it(options, packed):
 
 
 def test_who_computes_outside_a_graph():
-    ask = torch.compiler.disable(lambda x: routing.route((x,)), recursive=False)
+    ask = torch.compiler.disable(lambda x: routing.route("recurrent", (x,)), recursive=False)
     route, backend = torch.compile(lambda x: ask(x + 1), backend="eager")(random(T))
-    assert (route, backend) == (routing.Route.KERNELS, backends.select())
+    assert (route, backend) == (routing.Route.KERNELS, backends.select("recurrent"))

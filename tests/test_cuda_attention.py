@@ -33,7 +33,7 @@ CALLS = (
 @pytest.fixture(autouse=True)
 def exact_products():
     """Without TF32 in what torch computes, whatever ran before."""
-    assert backends.select_cuda() is cuda
+    assert backends.select("attention", "cuda") is cuda
     torch.manual_seed(0)
     with tf32(False):
         yield

@@ -17,7 +17,7 @@ from fastseq.ops.lengths import packed_rows, padded_rows
 from fastseq.tools.verify import FAMILIES
 from fastseq.tools.verify.recurrent import Case, kernel_results, make_inputs
 
-if backends.select() is None:
+if backends.select("recurrent") is None:
     pytest.skip("the kernels are not built", allow_module_level=True)
 
 from fastseq.backends import cuda
@@ -95,7 +95,7 @@ def test_a_layer_in_two_directions(cell, rows):
     ]
     tensors = [None if a is None else a.requires_grad_() for a in (x, *states, *weights)]
     results = []
-    for backend in (cuda, backends.select()):
+    for backend in (cuda, backends.select("recurrent")):
         outputs = [a for a in RecurrentFunction.apply(layer, backend, *tensors) if a is not None]
         ones = [torch.ones_like(a) for a in outputs]
         gradients = torch.autograd.grad(outputs, [a for a in tensors if a is not None], ones)
@@ -110,7 +110,7 @@ def test_a_step(cell):
         None if a is None else a.requires_grad_() for a in (inputs.x[0], inputs.h_0, inputs.c_0, *inputs.weights)
     ]
     results = []
-    for backend in (cuda, backends.select()):
+    for backend in (cuda, backends.select("recurrent")):
         outputs = [a for a in StepFunction.apply(CELL_SPECS[cell], backend, *tensors) if a is not None]
         gradients = torch.autograd.grad(outputs, [a for a in tensors if a is not None], [a.cos() for a in outputs])
         results.append({str(n): a.detach().numpy() for n, a in enumerate((*outputs, *gradients))})

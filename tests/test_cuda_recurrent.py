@@ -25,7 +25,7 @@ pytestmark = ignore_first_use
 
 @pytest.fixture(autouse=True)
 def selected():
-    assert backends.select_cuda() is cuda
+    assert backends.select("recurrent", "cuda") is cuda
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ def test_read_rate_refuses():
 
 
 def test_backend_names():
-    code = "import fastseq.backends as b; print(b.select() and b.select().__name__)"
+    code = "import fastseq.backends as b; k = b.select('linear'); print(k and k.__name__)"
     assert run(code, FASTSEQ_BACKEND="") == "fastseq.backends.native"
     assert run(code, FASTSEQ_BACKEND="torch") == "None"
     result = start(code, FASTSEQ_BACKEND="jax")
@@ -132,16 +132,47 @@ def test_backend_names():
     assert "ValueError: the backend must be one of native, torch, got 'jax'" in result.stderr
 
 
+FUNCTIONS = {
+    "recurrent": ("recurrent_forward", "recurrent_backward", "recurrent_step"),
+    "attention": ("attention_forward", "attention_backward"),
+    "layer_norm": ("layer_norm_forward", "layer_norm_backward"),
+    "linear": ("linear_forward",),
+}
+PACKING = {"recurrent": "pack", "linear": "pack_linear"}
+
+
+def test_backends_fill_the_contract():
+    from fastseq.backends import contract, cuda
+
+    for backend in (native, cuda):
+        names = {*contract.Backend.__annotations__, *vars(contract.Backend)}
+        assert {name for name in names if not name.startswith("_")} <= set(dir(backend))
+        assert backend.PACKS <= set(backend.SERVES) <= set(FUNCTIONS)
+        names = [name for op in backend.SERVES for name in FUNCTIONS[op]] + [PACKING[op] for op in backend.PACKS]
+        assert all(callable(getattr(backend, name)) for name in names)
+        assert not backend.PACKS or callable(backend.checksum)
+
+
+def test_a_backend_serves_ops_devices_and_dtypes():
+    from fastseq import backends
+
+    with backends.use_backend("native"):
+        assert backends.select("recurrent", "cpu", torch.bfloat16) is native
+        assert backends.select("recurrent", "cpu", torch.float16) is None
+        assert backends.select("recurrent", "meta") is None
+        assert backends.select("convolution") is None
+
+
 def test_use_backend():
     from fastseq import backends
 
-    before = backends.select()
+    before = backends.select("recurrent")
     with backends.use_backend("torch"):
-        assert backends.select() is None
+        assert backends.select("recurrent") is None
         with backends.use_backend("native"):
-            assert backends.select() is native
-        assert backends.select() is None
-    assert backends.select() is before
+            assert backends.select("recurrent") is native
+        assert backends.select("recurrent") is None
+    assert backends.select("recurrent") is before
     with pytest.raises(ValueError, match="jax"), backends.use_backend("jax"):
         pass
 
@@ -159,7 +190,7 @@ def test_a_missing_build_warns_once_and_a_broken_one_is_an_error():
             warnings.simplefilter("always")
             import fastseq.backends
             import fastseq.backends
-        print(fastseq.backends.select(), [str(w.message).split()[0] for w in caught])
+        print(fastseq.backends.select("recurrent"), [str(w.message).split()[0] for w in caught])
     """
     absent = 'ModuleNotFoundError("no module", name="fastseq._native")'
     assert run(missing.replace("{error}", absent)) == "None ['fastseq._native']"

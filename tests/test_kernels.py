@@ -9,7 +9,7 @@ from fastseq import backends
 from fastseq.tools.verify import FAMILIES
 from fastseq.tools.verify.recurrent import Case, kernel_results, make_inputs
 
-native = backends.select()
+native = backends.select("recurrent")
 if native is None:
     pytest.skip("the kernels are not built", allow_module_level=True)
 

@@ -120,6 +120,13 @@ def test_new_tensors_are_told_their_device(path):
 
 
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=name_of)
+def test_what_a_backend_has_is_asked_of_its_contract(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("hasattr", "getattr"):
+            assert not re.search(r"backend|native|cuda", ast.unparse(node.args[0])), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=name_of)
 def test_the_package_imports_no_tests(path):
     assert not {name.split(".")[0] for name in imports_of(path)} & {"tests", "bench", "cases", "pytest"}
 

@@ -13,7 +13,7 @@ from torch import nn
 import fastseq
 from fastseq import backends
 
-native = backends.select()
+native = backends.select("recurrent")
 pytestmark = pytest.mark.skipif(native is None, reason="the kernels are not built")
 
 X = torch.randn(6, 5, 3, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The only place that chooses what runs: the compiled kernels, or torch's own operators where there are none."""
+"""The only place that chooses what runs: the first backend that serves a call, or torch's own operators."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 
-__all__ = ["BACKENDS", "select", "select_cuda", "use_backend"]
+import torch
+
+__all__ = ["BACKENDS", "select", "use_backend"]
 
 BACKENDS = ("native", "torch")
 
@@ -43,12 +45,6 @@ _default = _checked(os.environ.get("FASTSEQ_BACKEND") or "native")
 _choice: ContextVar[str] = ContextVar("backend", default=_default)
 
 
-def select() -> ModuleType | None:
-    """The backend to call: `fastseq.backends.native`, or None where torch's own operators are to run."""
-    return _native if _choice.get() == "native" else None
-
-
-@cache
 def _load_cuda() -> ModuleType | None:
     if _native is None:
         return None
@@ -60,9 +56,28 @@ def _load_cuda() -> ModuleType | None:
     return cuda
 
 
-def select_cuda() -> ModuleType | None:
-    """The backend for tensors of a GPU: `fastseq.backends.cuda`, or None where torch's own operators are to run."""
-    return _load_cuda() if _choice.get() == "native" else None
+@cache
+def _backends(choice: str, device: str) -> tuple[ModuleType, ...]:
+    """Those that may serve tensors of a device, best first."""
+    if choice == "native" and device in ("cpu", "cuda"):
+        backend = _native if device == "cpu" else _load_cuda()
+        return () if backend is None else (backend,)
+    return ()
+
+
+def select(op: str, device: str = "cpu", dtype: torch.dtype | None = None) -> ModuleType | None:
+    """The backend to call, or None where torch's own operators are to run.
+
+    Args:
+        op: "recurrent", "attention", "layer_norm" or "linear".
+        device: the type of the device that the tensors are on.
+        dtype: of the tensors; None: any that the backend serves.
+    """
+    for backend in _backends(_choice.get(), device):
+        dtypes = backend.SERVES.get(op)
+        if dtypes is not None and (dtype is None or dtype in dtypes):
+            return backend
+    return None
 
 
 @contextmanager

@@ -1,10 +1,14 @@
-"""What a backend is to whoever calls it."""
+"""What a backend is: a module of kernels for tensors of one kind of device. `native` and `cuda` are such modules."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
 
-__all__ = ["CellFacts", "Refused"]
+import torch
+
+__all__ = ["Backend", "CellFacts", "Refused"]
 
 
 class Refused(Exception):
@@ -28,3 +32,39 @@ class CellFacts(NamedTuple):
     recurrent_slot: int
     first_gate: int  # the gate in `input_slot`; the others follow cyclically
     carry: bool  # something goes from step to step outside the matrix product
+
+
+class Backend(Protocol):
+    """The names that a backend has.
+
+    For each op in `SERVES` it has that op's functions, as `fastseq.backends.native` describes them; it takes tensors of
+    `DEVICE` in the dtypes that `SERVES` gives, and raises `Refused` for what it does not serve of them.
+
+    | op | functions |
+    |---|---|
+    | recurrent | recurrent_forward, recurrent_backward, recurrent_step |
+    | attention | attention_forward, attention_backward |
+    | layer_norm | layer_norm_forward, layer_norm_backward |
+    | linear | linear_forward |
+
+    For the ops in `PACKS` it also has a function that packs their weights, `pack` for recurrent and `pack_linear` for
+    linear, and `checksum(*tensors)`, by which packed weights are compared with their tensors.
+    """
+
+    DEVICE: str  # "cpu", "cuda"
+    SERVES: Mapping[str, frozenset[torch.dtype]]
+    PACKS: frozenset[str]
+    CELLS: Mapping[str, CellFacts]  # by name
+
+    def isas(self) -> tuple[str, ...]:
+        """The sets of kernels that this machine can run, the best one last."""
+
+    def active_isa(self) -> str:
+        """The set that calls take. What a forward saves belongs to it: the backward is told which one it was."""
+
+    def use_isa(self, name: str) -> AbstractContextManager[Any]:
+        """Runs a block with another set."""
+
+    def filled_with_nan(self) -> AbstractContextManager[Any]:
+        """Runs a block in which new memory, of results and of what is saved, holds NaN: what a kernel leaves out is
+        seen. For tests and `fastseq verify`."""

@@ -19,15 +19,20 @@ from torch import Tensor
 
 import fastseq._native as _native  # `from fastseq import` would not tell a missing module from a broken one
 from fastseq._native import Panels
-from fastseq.backends.contract import Refused
+from fastseq.backends.contract import CellFacts, Refused
 
 __all__ = [
+    "CELLS",
+    "DEVICE",
+    "PACKS",
+    "SERVES",
     "Panels",
     "active_isa",
     "attach",
     "attention_backward",
     "attention_forward",
     "checksum",
+    "filled_with_nan",
     "fma_peak",
     "isas",
     "layer_norm_backward",
@@ -44,6 +49,12 @@ __all__ = [
 ]
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+DEVICE = "cpu"
+_ALL = frozenset((torch.float32, torch.float64, torch.bfloat16))
+SERVES = {"recurrent": _ALL, "attention": _ALL, "layer_norm": _ALL, "linear": _ALL}
+PACKS = frozenset(("recurrent", "linear"))
+CELLS = {facts.name: facts for facts in map(CellFacts._make, _native.cells())}
 
 
 # On the CPU whatever the default device is. new_empty takes 1.2 us, torch.empty with a dtype and a device 2.4, and a
@@ -89,6 +100,22 @@ def use_isa(name: str) -> Iterator[None]:
         yield
     finally:
         _native.activate(before)
+
+
+@contextmanager
+def filled_with_nan() -> Iterator[None]:
+    """Runs the block with new memory that holds NaN: in every dtype that is all bits set."""
+
+    def empty(shape: tuple[int, ...], dtype: str) -> Tensor:
+        tensor = _empty(shape, dtype)
+        tensor.view(torch.uint8).fill_(255)
+        return tensor
+
+    attach(empty=empty)
+    try:
+        yield
+    finally:
+        attach()
 
 
 def fma_peak(dtype: torch.dtype = torch.float32, seconds: float = 0.05) -> float:

@@ -240,7 +240,7 @@ class MultiheadAttention(DropIn, PacksWeights, nn.MultiheadAttention):
         out_weight, out_bias = _parameter(out_proj, "weight"), _parameter(out_proj, "bias")
         inputs = (query,) if query is key is value else (query, key, value)
         tensors = (*inputs, *weights, in_bias, out_weight, out_bias, bias_k, bias_v)
-        _, backend = routing.route(tensors, cuda=True)
+        _, backend = routing.route("attention", tensors)
         if backend is None:
             if routing.symbolic():
                 return None
@@ -248,13 +248,13 @@ class MultiheadAttention(DropIn, PacksWeights, nn.MultiheadAttention):
             # Without masks there is no row that torch's forward gives another result for. It lacks forward-mode AD.
             if not (masks or routing.transformed()) or not routing.composes((*tensors, *masks)):
                 return None
-        elif not all(routing.plain(m, m.dtype, m.is_cuda) and m.device == query.device for m in masks):
+        elif not all(routing.plain(m, m.dtype, query) for m in masks):
             return None
         if (is_causal and attn_mask is None) or not self._fits(query, key, value, key_padding_mask, attn_mask):
             return None
         if not self._parameters_fit(weights, in_bias, out_weight, out_bias, bias_k, bias_v):
             return None
-        if not hasattr(backend, "pack_linear"):
+        if backend is not None and "linear" not in backend.SERVES:
             backend = None  # a GPU's: its kernels serve the attention alone, which finds them by itself
         return Call(backend, weights, in_bias, out_weight, out_bias, bias_k, bias_v)
 

@@ -79,7 +79,7 @@ class SequenceModule(DropIn, PacksWeights):
             tensors = [data, *states]
             for direction in weights:
                 tensors += direction
-            route, backend = routing.route(tensors, cuda=True)
+            route, backend = routing.route("recurrent", tensors)
             if route is not Route.KERNELS:
                 misfit = checks.unlike(tensors, 1 + len(states))
         if misfit is not None or route is not Route.KERNELS:
@@ -100,7 +100,7 @@ class SequenceModule(DropIn, PacksWeights):
                 return self._forward_outside(input, hx, lengths=lengths, reset=reset, return_states=return_states)
             if not beyond_torch and route is Route.TORCH:
                 return self._torch_class.forward(self, input, hx)
-        keeps_panels = route is Route.KERNELS and hasattr(backend, "pack") and not needs_grad(*tensors)
+        keeps_panels = route is Route.KERNELS and "recurrent" in backend.PACKS and not needs_grad(*tensors)
         run = _Run(weights, route, backend, keeps_panels, return_states)
         if packed:
             return self._forward_packed(cell, input, states, run)
@@ -248,7 +248,7 @@ class SequenceModule(DropIn, PacksWeights):
         if unbatched:
             states = tuple(None if s is None else s.unsqueeze(1) for s in states)
         tensors = [w for direction in weights for w in direction]
-        route, backend = routing.route((x, *tensors), states, cuda=True)
+        route, backend = routing.route("recurrent", (x, *tensors), states)
         if route is not Route.KERNELS and (misfit := checks.unlike((x, *tensors), 1)):
             raise RuntimeError(misfit)
         if route in (Route.KERNELS, Route.GRAPH) and (self.proj_size or not x.numel()):
@@ -272,7 +272,7 @@ class SequenceModule(DropIn, PacksWeights):
     ) -> tuple[Tensor, States]:
         """`_layers` for one step and one direction without gradients: the shortest way to the kernels."""
         cell, keep, threads = self._cell, self._packed_weights(), torch.get_num_threads()
-        pack = partial(backend.pack, cell.name) if keep.frozen and hasattr(backend, "pack") else None
+        pack = partial(backend.pack, cell.name) if keep.frozen and "recurrent" in backend.PACKS else None
         last = []
         for layer, direction in enumerate(weights):
             h, c = (None if s is None else unit_stride(s[layer]) for s in states)
@@ -487,7 +487,7 @@ class CellModule(DropIn, PacksWeights):
         return self._torch_class.forward(self, input, hx)
 
     def _frozen_panels(self, packed: PackedWeights, cell: Cell, input: Tensor, weights: Direction) -> Any:
-        route, backend = routing.route((input, *weights))
+        route, backend = routing.route("recurrent", (input, *weights))
         if route is Route.KERNELS and not needs_grad(input, *weights):
             return packed.panels(backend, 0, [weights], partial(backend.pack, cell.name))[0]
         return None

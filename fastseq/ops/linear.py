@@ -88,7 +88,7 @@ class LinearFunction(torch.autograd.Function):
         >>> from fastseq import backends
         >>> from fastseq.ops import LinearFunction
         >>> x, weight = torch.randn(3, 8), torch.randn(5, 8, requires_grad=True)
-        >>> if (backend := backends.select()) is not None:
+        >>> if (backend := backends.select("linear")) is not None:
         ...     LinearFunction.apply(backend, x, weight, None).sum().backward()
     """
 

@@ -158,7 +158,7 @@ def _backend(
         return None
     if not all(t is None or t.shape == shape[-len(normalized_shape) :] for t in (weight, bias)):
         return None
-    route, backend = routing.route((input, weight, bias, residual))
+    route, backend = routing.route("layer_norm", (input, weight, bias, residual))
     return backend if route is Route.KERNELS else None
 
 
@@ -192,7 +192,7 @@ class LayerNormFunction(torch.autograd.Function):
         >>> from fastseq import backends
         >>> from fastseq.ops import LayerNormFunction
         >>> x = torch.randn(3, 8, requires_grad=True)
-        >>> if (backend := backends.select()) is not None:
+        >>> if (backend := backends.select("layer_norm")) is not None:
         ...     y, z = LayerNormFunction.apply(backend, 1e-5, x, x, None, None)
         ...     (y * z).sum().backward()
     """

@@ -22,8 +22,6 @@ from torch.utils._device import DeviceContext
 from fastseq import backends
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
-CUDA_DTYPES = DTYPES | {torch.float16}
 PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
@@ -166,21 +164,22 @@ def observed() -> bool:
     )
 
 
-def plain(tensor: Tensor, dtype: torch.dtype, cuda: bool = False) -> bool:
-    """True where a kernel may read the memory of `tensor`: strided CPU memory of this dtype, no lazy neg bit. `cuda`:
-    memory of a GPU instead.
+def plain(tensor: Tensor, dtype: torch.dtype, beside: Tensor) -> bool:
+    """True where a kernel may read the memory of `tensor`: strided, of this dtype, on the device of `beside`, no lazy
+    neg bit.
     """
-    return all_plain((tensor,), dtype, cuda)
+    return all_plain((tensor,), dtype, beside)
 
 
-def all_plain(tensors: Iterable[Tensor | None], dtype: torch.dtype, cuda: bool = False) -> bool:
+def all_plain(tensors: Iterable[Tensor | None], dtype: torch.dtype, beside: Tensor) -> bool:
     """`plain` of every tensor: in one call, as a call costs as much as what it asks of a tensor."""
-    types, strided = PLAIN_TYPES, torch.strided
+    types, strided, cpu = PLAIN_TYPES, torch.strided, beside.is_cpu
+    device = None if cpu else beside.device  # to compare devices takes three times as long as to ask for the CPU
     for tensor in tensors:
         if tensor is not None and (
             type(tensor) not in types
             or tensor.dtype is not dtype
-            or not (tensor.is_cuda if cuda else tensor.is_cpu)
+            or not (tensor.is_cpu if cpu else tensor.device == device)
             or tensor.layout is not strided
             or tensor.is_nested
             or tensor.is_neg()
@@ -193,7 +192,7 @@ def all_plain(tensors: Iterable[Tensor | None], dtype: torch.dtype, cuda: bool =
 def composes(tensors: Iterable[Tensor | None]) -> bool:
     """True where torch ops of ours may stand for one of torch's functions: no subclass or mode is there to see that
     function called, and the tensors fit together."""
-    if not kernels_selected(False) or (not is_compiling() and function_modes() and foreign_function_modes()):
+    if not kernels_selected("attention") or (not is_compiling() and function_modes() and foreign_function_modes()):
         return False
     given = [t for t in tensors if t is not None]
     first = given[0]
@@ -218,19 +217,19 @@ def kernels_differentiate(grads: Iterable[Tensor | None]) -> bool:
     for grad in grads:  # a generator in all() costs a tiny step of attention 5 % of its time
         if grad is None:
             continue
-        if not (plain(grad, grad.dtype, grad.is_cuda) and _has_storage(grad)):
+        if not (plain(grad, grad.dtype, grad) and _has_storage(grad)):
             return False
     return True
 
 
-def backend_of(tensor: Tensor) -> ModuleType | None:
-    """The backend with kernels for the device of a tensor, None where there is none."""
-    return backends.select() if tensor.is_cpu else backends.select_cuda() if tensor.is_cuda else None
+def backend_of(op: str, tensor: Tensor) -> ModuleType | None:
+    """The backend with kernels of an op for the device and dtype of a tensor, None where there is none."""
+    return backends.select(op, "cpu" if tensor.is_cpu else tensor.device.type, tensor.dtype)
 
 
-def kernels_selected(cuda: bool) -> bool:
+def kernels_selected(op: str, device: str = "cpu", dtype: torch.dtype | None = None) -> bool:
     """True where a backend is at hand. torch.compile takes the answer for a constant of the graph."""
-    return (backends.select_cuda() if cuda else backends.select()) is not None
+    return backends.select(op, device, dtype) is not None
 
 
 kernels_selected._dynamo_marked_constant = True  # what torch._dynamo.assume_constant_result does, without its import
@@ -238,41 +237,38 @@ kernels_selected._dynamo_marked_constant = True  # what torch._dynamo.assume_con
 
 @inlined
 def route(
-    tensors: Sequence[Tensor | None], states: Sequence[Tensor | None] = (), *, cuda: bool = False
+    op: str, tensors: Sequence[Tensor | None], states: Sequence[Tensor | None] = ()
 ) -> tuple[Route, ModuleType | None]:
-    """Who computes a call on these tensors, and with which backend.
+    """Who computes a call of an op on these tensors, and with which backend.
 
     Args:
+        op: as of `backends.select`.
         tensors: the input first, then weights and biases; all must have the input's dtype.
         states: initial states, which may also be float32 beside a bfloat16 input.
-        cuda: there are CUDA kernels for the call, too.
     """
     if observed():
-        return _observed_route([t for t in (*tensors, *states) if t is not None], cuda), None
+        return _observed_route(op, [t for t in (*tensors, *states) if t is not None]), None
     first = tensors[0]
-    dtype, cuda = first.dtype, cuda and first.is_cuda
-    if dtype not in (CUDA_DTYPES if cuda else DTYPES) or not all_plain(tensors, dtype, cuda):
+    backend, dtype = backend_of(op, first), first.dtype
+    if backend is None or not all_plain(tensors, dtype, first):
         return Route.TORCH, None
     for state in states:
         wide = dtype is torch.bfloat16 and state is not None and state.dtype is torch.float32
-        if state is not None and not plain(state, torch.float32 if wide else dtype, cuda):
+        if state is not None and not plain(state, torch.float32 if wide else dtype, first):
             return Route.TORCH, None
-    if cuda and any(t is not None and t.device != first.device for t in (*tensors, *states)):
-        return Route.TORCH, None
-    backend = backends.select_cuda() if cuda else backends.select()
-    return (Route.TORCH if backend is None else Route.KERNELS), backend
+    return Route.KERNELS, backend
 
 
-def _observed_route(tensors: list[Tensor], cuda: bool) -> Route:
+def _observed_route(op: str, tensors: list[Tensor]) -> Route:
     if transformed():  # also inside a graph: an op of ours has no rule for them
         return Route.COMPOSITE
     if is_compiling():
         first = tensors[0]
-        cuda = cuda and first.is_cuda
-        served = not torch.compiler.is_exporting() and not torch.is_autocast_enabled("cuda" if cuda else "cpu")
-        served = served and kernels_selected(cuda) and first.dtype in (CUDA_DTYPES if cuda else DTYPES)
+        device = first.device.type
+        served = not torch.compiler.is_exporting() and not torch.is_autocast_enabled(device)
+        served = served and kernels_selected(op, device, first.dtype)
         served = served and all(
-            (t.is_cuda if cuda else t.is_cpu) and t.dtype is first.dtype and type(t) in PLAIN_TYPES for t in tensors
+            t.device.type == device and t.dtype is first.dtype and type(t) in PLAIN_TYPES for t in tensors
         )
         return Route.GRAPH if served else Route.TORCH
     return Route.TORCH

@@ -134,7 +134,7 @@ def run(source: Path | None, cell: str, steps: int, output: Path) -> int:
     console = Console(highlight=False)
     text = Text(standard_library_text() if source is None else read_text(source))
     name = "the standard library of this Python" if source is None else source.name
-    kernels = backends.select()
+    kernels = backends.select("recurrent")
     path = f"{kernels.active_isa()} kernels" if kernels else "no kernels: torch's own path, see `fastseq info`"
     model = f"2-layer {cell.upper()}, hidden 256, batch {BATCH}, windows of {WINDOW}, float32"
     machine = f"{cpu_name()}, threads: {torch.get_num_threads()}, {path}"

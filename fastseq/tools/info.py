@@ -62,7 +62,7 @@ def load_cuda_kernels() -> tuple[ModuleType | None, str]:
 
     reason = cuda.why_off()
     with backends.use_backend("native"):
-        return backends.select_cuda(), reason
+        return backends.select("recurrent", "cuda"), reason
 
 
 def _versions() -> Rows:
@@ -93,7 +93,7 @@ def _backends() -> Rows:
     yield "native", f"built, {native.__file__}"
     cuda, reason = load_cuda_kernels()
     yield "CUDA", reason or f"on, {cuda.LIBRARY}; not tested on a GPU yet"
-    yield "calls take", "the kernels" if backends.select() else "torch's own path (FASTSEQ_BACKEND)"
+    yield "calls take", "the kernels" if backends.select("recurrent") else "torch's own path (FASTSEQ_BACKEND)"
 
 
 def _isas() -> Rows:

@@ -13,15 +13,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from fastseq.backends.cuda.attention import attention_backward, attention_forward
-from fastseq.backends.cuda.library import LIBRARY, open_library, use_emulation, why_off
+from fastseq.backends.cuda.library import CELLS, LIBRARY, open_library, use_emulation, why_off
 from fastseq.backends.cuda.recurrent import recurrent_backward, recurrent_forward, recurrent_step
 
 __all__ = [
+    "CELLS",
+    "DEVICE",
     "LIBRARY",
+    "PACKS",
+    "SERVES",
     "active_isa",
     "attention_backward",
     "attention_forward",
+    "filled_with_nan",
     "isas",
     "open_library",
     "recurrent_backward",
@@ -31,6 +38,11 @@ __all__ = [
     "use_isa",
     "why_off",
 ]
+
+DEVICE = "cuda"
+_ALL = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+SERVES = {"recurrent": _ALL, "attention": _ALL}
+PACKS = frozenset()  # tensors hold the weights as the kernels read them
 
 
 def isas() -> tuple[str, ...]:
@@ -49,3 +61,14 @@ def use_isa(name: str) -> Iterator[None]:
     if name != "cuda":
         raise ValueError(f"instruction set {name!r} is none of those of a GPU: cuda")
     yield
+
+
+@contextmanager
+def filled_with_nan() -> Iterator[None]:
+    """As `native.filled_with_nan`: all memory comes from torch, which fills it in this mode."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

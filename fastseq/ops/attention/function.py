@@ -111,7 +111,7 @@ class AttentionFunction(torch.autograd.Function):
         >>> from fastseq import backends
         >>> from fastseq.ops import Attention, AttentionFunction
         >>> q = torch.randn(2, 3, 5, 8, requires_grad=True)
-        >>> if (backend := backends.select()) is not None:
+        >>> if (backend := backends.select("attention")) is not None:
         ...     out, lse = AttentionFunction.apply(Attention(8**-0.5), backend, 0, True, q, q, q, None, None)
         ...     out.sum().backward()
     """

@@ -195,7 +195,7 @@ def _plain(
         return None
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         return None
-    backend = routing.backend_of(query)
+    backend = routing.backend_of("attention", query)
     if backend is None or query.is_nested or key.is_nested:
         return None
     shape, key_shape = query.shape, key.shape
@@ -284,10 +284,8 @@ def _route(query: object, key: object, value: object, mask: object, slopes: obje
         others.append(slopes)  # of any dtype
     if not all(isinstance(t, Tensor) for t in tensors):
         return Route.TORCH, None
-    route, backend = routing.route(tensors, cuda=True)
-    if route is Route.KERNELS and not all(
-        routing.plain(t, t.dtype, query.is_cuda) and t.device == query.device for t in others
-    ):
+    route, backend = routing.route("attention", tensors)
+    if route is Route.KERNELS and not all(routing.plain(t, t.dtype, query) for t in others):
         return Route.TORCH, None
     return route, backend
 

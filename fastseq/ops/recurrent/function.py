@@ -42,7 +42,7 @@ def run_layer(
         route, backend: what `routing.route` answered for these tensors.
         panels: packed weights per direction; only where nothing needs a gradient.
     """
-    if route is Route.KERNELS and _kernels_read(call.rows, call.reset):
+    if route is Route.KERNELS and _kernels_read(x, call.rows, call.reset):
         flat = sum(weights, ())
         try:
             if panels is None and needs_grad(x, h_0, c_0, *flat):
@@ -58,10 +58,10 @@ def _laid_out(call: Layer, results: Results) -> Results:
     return results._replace(y=results.y.transpose(0, 1)) if call.batch_first else results
 
 
-def _kernels_read(rows: Rows | None, reset: Tensor | None) -> bool:
+def _kernels_read(x: Tensor, rows: Rows | None, reset: Tensor | None) -> bool:
     # What route() does not see. Lengths that only torch can read, such as those of a subclass, have no batch sizes.
     return (rows is None or (rows.batch_sizes is not None and rows.longest > 0)) and (
-        reset is None or routing.plain(reset, torch.bool, reset.is_cuda)
+        reset is None or routing.plain(reset, torch.bool, x)
     )
 
 
@@ -82,7 +82,7 @@ def run_sequence(
     steps, batch = input.shape[:2]
     if reset is not None:
         checks.check_reset(reset, (steps, batch), input.device)
-    route, backend = routing.route((input, *weights), (h_0, c_0), cuda=True)
+    route, backend = routing.route("recurrent", (input, *weights), (h_0, c_0))
     if input.numel() == 0 and route in (Route.KERNELS, Route.GRAPH):
         route = Route.TORCH
     if routing.is_compiling() and route is Route.TORCH and not torch.compiler.is_exporting():
@@ -117,7 +117,7 @@ def run_step(
     """
     if routing.observed():
         return None
-    backend = routing.backend_of(x)
+    backend = routing.backend_of("recurrent", x)
     if backend is None:
         return None
     w_ih, w_hh, b_ih, b_hh = weights
@@ -167,7 +167,7 @@ class RecurrentFunction(torch.autograd.Function):
         >>> from fastseq.ops import Layer, RecurrentFunction
         >>> from fastseq.ops.cells.gru import GRU
         >>> x, w_ih, w_hh = torch.randn(7, 2, 3), torch.randn(12, 3, requires_grad=True), torch.randn(12, 4)
-        >>> if (backend := backends.select()) is not None:
+        >>> if (backend := backends.select("recurrent")) is not None:
         ...     y, h_n, _, _ = RecurrentFunction.apply(Layer(GRU), backend, x, None, None, w_ih, w_hh, None, None)
         ...     y.sum().backward()
     """

@@ -52,7 +52,7 @@ def _call(
     *options: bool,
 ) -> tuple[Layer, ModuleType, list[Tensor | None]]:
     """The call, who computes it, and its weights with None for absent biases."""
-    backend = routing.backend_of(x)
+    backend = routing.backend_of("recurrent", x)
     if backend is None:
         raise RuntimeError(
             "this graph was compiled for the kernels, which are switched off: call torch._dynamo.reset()"

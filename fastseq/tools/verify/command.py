@@ -74,7 +74,7 @@ def verify(
 
 
 def _unserved(backend, ops: Sequence[str]) -> list[str]:
-    return [op for op in ops if not hasattr(backend, FAMILIES[op].function)]
+    return [op for op in ops if FAMILIES[op].op not in backend.SERVES]
 
 
 def run(

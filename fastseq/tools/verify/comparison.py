@@ -27,7 +27,7 @@ Results = Mapping[str, np.ndarray]
 class Family(NamedTuple):
     """The kernels of an op."""
 
-    function: str  # of a backend that has them
+    op: str  # of a backend's SERVES
     cases: Callable[[str], Iterator[Any]]  # of a dtype: the default set
     make_inputs: Callable[..., Any]  # (case, dtype, seed), a dataclass of tensors; lengths stay on the CPU
     reference_results: Callable[[Any, Any, type], Results]  # (case, inputs, what it is computed in)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastseq.reference.torch_layout import recurrent_forward_backward, torch_layers
 from fastseq.tools.verify.comparison import Family
-from fastseq.tools.verify.tensors import array, poisoned_memory
+from fastseq.tools.verify.tensors import array
 
 GATES = {name: layer.gates for name, layer in torch_layers().items()}
 CELLS = tuple(GATES)
@@ -279,10 +279,10 @@ def kernel_results(
         "float_state": case.float_state,
     }
     step_only = case.steps == 1 and inputs.lengths is None and not case.reset
-    with backend.use_isa(isa), poisoned_memory(backend):
+    with backend.use_isa(isa), backend.filled_with_nan():
         forward = (cell, laid_out(inputs.x), h_0, c_0, inputs.weights)
         kernels = [("inference", None, False), ("training", None, True)]
-        if hasattr(backend, "pack"):
+        if "recurrent" in backend.PACKS:
             kernels.insert(0, ("inference, packed weights", backend.pack(cell, inputs.weights), False))
         for kernel, panels, save in kernels:
             y, h_n, c_n, c_all, saved = backend.recurrent_forward(
@@ -351,7 +351,7 @@ def free_axes(case: Case) -> dict[str, int]:
 def family(cell: str) -> Family:
     """The kernels of a cell."""
     return Family(
-        "recurrent_forward",
+        "recurrent",
         cases,
         partial(make_inputs, cell),
         partial(reference_results, cell),
