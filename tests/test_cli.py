@@ -248,6 +248,27 @@ def test_verify_without_the_isa(native, monkeypatch, capsys):
     assert "avx512: not available here, only baseline" in refused(["verify", "--isa", "avx512"], capsys)
 
 
+class OnlyRecurrent:
+    """A backend with no more than that."""
+
+    __name__ = "some.backend"
+
+    def __init__(self, native):
+        self.recurrent_forward = native.recurrent_forward
+
+    def isas(self):
+        return ("cuda",)
+
+
+@pytest.mark.parametrize("op", ["linear", "layer_norm", "attention"])
+def test_verify_names_what_a_backend_has_no_kernels_for(native, monkeypatch, op, capsys):
+    backend = OnlyRecurrent(native)
+    with pytest.raises(command.NothingToVerify, match=f"{op}: no kernels in some.backend"):
+        command.verify(backend, [op], ["float32"], ["cuda"])
+    monkeypatch.setattr(command, "load_cuda_kernels", lambda: (backend, ""))
+    assert f"{op}: no kernels in some.backend" in refused(["verify", "--op", op, "--isa", "cuda"], capsys)
+
+
 def test_verify_without_kernels(monkeypatch, capsys):
     monkeypatch.setattr(command, "load_kernels", lambda: (None, "No module named 'fastseq._native'"))
     assert "not built: No module named 'fastseq._native'" in refused(["verify"], capsys)
@@ -305,6 +326,9 @@ def test_loss_difference():
         (["verify", "--isa", "mmx"], "'mmx'"),
         (["verify", "--dtype", "float16"], "'float16'"),
         (["verify", "--threads", "0"], "at least 1, got '0'"),
+        (["demo", "--threads", "0"], "at least 1, got '0'"),
+        (["verify", "--threads", "1" + "0" * 30], "at most 1024"),
+        (["demo", "--steps", "1" * 5000], "--steps"),
         (["demo", "--cell", "transformer"], "'transformer'"),
         (["demo", "--steps", "0"], "at least 1, got '0'"),
         (["demo", "--steps", "many"], "at least 1, got 'many'"),
@@ -323,6 +347,15 @@ def test_text_too_short(tmp_path, capsys):
     path.write_text("too short", encoding="utf-8")
     assert main(["demo", "--text", str(path)]) == 2
     assert "the text has 9 characters, too few" in capsys.readouterr().err
+
+
+def test_texts_of_nothing_and_of_one_character(tmp_path, capsys):
+    path = tmp_path / "text.txt"
+    for content in ("", "a" * 2000):
+        path.write_text(content)
+        code = main(["demo", "--text", str(path), "--steps", "1", "--output", str(tmp_path / "out.png")])
+        assert code == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("fastseq demo: error: the text has ")
 
 
 def test_text_not_utf8(tmp_path):

@@ -20,7 +20,7 @@ from rich.table import Table
 import fastseq
 from fastseq import backends
 from fastseq.ops import RecurrentFunction
-from fastseq.tools.char_lm import CharLM, Text, Training, read_text, sample, standard_library_text
+from fastseq.tools.char_lm import CharLM, Text, TextError, Training, read_text, sample, standard_library_text
 from fastseq.tools.info import cpu_name
 
 SEED = 0
@@ -133,6 +133,8 @@ def run(source: Path | None, cell: str, steps: int, output: Path) -> int:
     """
     console = Console(highlight=False)
     text = Text(standard_library_text() if source is None else read_text(source))
+    if len(text.characters) < 2:
+        raise TextError(f"the text has {len(text.characters)} different characters, at least 2 are needed")
     name = "the standard library of this Python" if source is None else source.name
     kernels = backends.select("recurrent")
     path = f"{kernels.active_isa()} kernels" if kernels else "no kernels: torch's own path, see `fastseq info`"
