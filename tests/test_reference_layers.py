@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -82,7 +84,7 @@ def test_temporal_softmax_loss_verbose_prints_the_shape(capsys):
 @pytest.mark.parametrize("shape", [(7, 9), (4, 3, 63)])
 def test_layernorm_equals_torch(shape):
     x, gamma, beta, dout = random_arrays(shape, shape[-1:], shape[-1:], shape)
-    out, cache = reference.layernorm_forward(x, gamma, beta, eps=1e-3)
+    out, cache = reference.layernorm_forward(x, gamma, beta, 1e-3)
     leaves = [leaf(a) for a in (x, gamma, beta)]
     expected = F.layer_norm(leaves[0], shape[-1:], *leaves[1:], eps=1e-3)
     assert_layer_equals_torch(out, reference.layernorm_backward(dout, cache), expected, leaves, dout)
@@ -117,3 +119,78 @@ def test_layers_compute_in_the_dtype_of_their_arguments(dtype):
         gradients = backward(out, cache)
         arrays += [out, *(gradients if isinstance(gradients, tuple) else (gradients,))]
     assert {a.dtype for a in arrays} == {np.dtype(dtype)}
+
+
+# As the notebooks of CS231n call them: by position and by name.
+COURSE = {
+    "affine_forward": "x w b",
+    "affine_backward": "dout cache",
+    "rnn_step_forward": "x prev_h Wx Wh b",
+    "rnn_step_backward": "dnext_h cache",
+    "rnn_forward": "x h0 Wx Wh b",
+    "rnn_backward": "dh cache",
+    "word_embedding_forward": "x W",
+    "word_embedding_backward": "dout cache",
+    "lstm_step_forward": "x prev_h prev_c Wx Wh b",
+    "lstm_step_backward": "dnext_h dnext_c cache",
+    "lstm_forward": "x h0 Wx Wh b",
+    "lstm_backward": "dh cache",
+    "temporal_affine_forward": "x w b",
+    "temporal_affine_backward": "dout cache",
+    "temporal_softmax_loss": "x y mask verbose",
+    "layernorm_forward": "x gamma beta ln_param",
+    "layernorm_backward": "dout cache",
+}
+N, T, D, H, V = 2, 3, 4, 5, 6
+SHAPES = {
+    "affine": {"x": (N, 2, 2), "w": (D, H), "b": (H,), "results": [(N, H)]},
+    "rnn_step": {"x": (N, D), "prev_h": (N, H), "Wx": (D, H), "Wh": (H, H), "b": (H,), "results": [(N, H)]},
+    "rnn": {"x": (N, T, D), "h0": (N, H), "Wx": (D, H), "Wh": (H, H), "b": (H,), "results": [(N, T, H)]},
+    "word_embedding": {"x": None, "W": (V, D), "results": [(N, T, D)]},
+    "lstm_step": {
+        "x": (N, D), "prev_h": (N, H), "prev_c": (N, H), "Wx": (D, 4 * H), "Wh": (H, 4 * H), "b": (4 * H,),
+        "results": [(N, H), (N, H)],
+    },
+    "lstm": {
+        "x": (N, T, D), "h0": (N, H), "Wx": (D, 4 * H), "Wh": (H, 4 * H), "b": (4 * H,), "results": [(N, T, H)],
+    },
+    "temporal_affine": {"x": (N, T, D), "w": (D, V), "b": (V,), "results": [(N, T, V)]},
+    "layernorm": {"x": (N, D), "gamma": (D,), "beta": (D,), "results": [(N, D)]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", COURSE)
+def test_names_and_order_are_the_course_s(function):
+    parameters = list(inspect.signature(getattr(reference, function)).parameters.values())
+    names = COURSE[function].split()
+    assert [p.name for p in parameters[: len(names)]] == names
+    assert all(p.default is not p.empty for p in parameters[len(names) :])
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_results_are_the_course_s(name):
+    """The forward's results and a cache; of the backward a gradient for each argument, in their order."""
+    shapes = dict(SHAPES[name])
+    results = shapes.pop("results")
+    rng = np.random.default_rng(0)
+    arguments = {n: rng.standard_normal(s) if s else rng.integers(0, V, (N, T)) for n, s in shapes.items()}
+    if name == "layernorm":
+        arguments["ln_param"] = {"eps": 1e-12}
+    *out, cache = getattr(reference, f"{name}_forward")(*arguments.values())
+    *by_name, _ = getattr(reference, f"{name}_forward")(**arguments)
+    assert [a.shape for a in out] == results
+    assert all(np.array_equal(a, b) for a, b in zip(out, by_name, strict=True))
+    gradients = getattr(reference, f"{name}_backward")(*(rng.standard_normal(a.shape) for a in out), cache)
+    if name == "word_embedding":
+        assert gradients.shape == (V, D)
+    else:
+        assert [g.shape for g in gradients] == [shapes[n] for n in shapes]
+
+
+def test_loss_as_the_course_calls_it(capsys):
+    x, y, mask = np.zeros((N, T, V)), np.ones((N, T), int), np.ones((N, T))
+    loss, dx = reference.temporal_softmax_loss(x, y, mask, verbose=False)
+    assert (float(loss), dx.shape) == (pytest.approx(T * np.log(V)), (N, T, V))
+    assert capsys.readouterr().out == ""
+    reference.temporal_softmax_loss(x, y, mask, True)
+    assert capsys.readouterr().out == f"dx: {(N, T, V)}\n"

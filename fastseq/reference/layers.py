@@ -118,19 +118,19 @@ def temporal_softmax_loss(
 
 
 def layernorm_forward(
-    x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, eps: float | Mapping[str, float] = 1e-5
+    x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, ln_param: Mapping[str, float] | float = 1e-5
 ) -> tuple[np.ndarray, tuple]:
     """Layer normalization over the last axis (Ba et al. 2016): x (..., D), gamma (D,), beta (D,) -> (..., D), cache.
 
         out = gamma * (x - mean) / sqrt(var + eps) + beta          with the biased variance, as torch
 
-    eps may be the course's `ln_param`, a dict that holds it under "eps" or leaves it out.
+    ln_param: the course's dict, of which "eps" is read, 1e-5 where it has none; or eps itself.
 
-    >>> out, cache = layernorm_forward(np.array([[1.0, 3.0]]), np.ones(2), np.zeros(2), eps=0.0)
+    >>> out, cache = layernorm_forward(np.array([[1.0, 3.0]]), np.ones(2), np.zeros(2), {"eps": 0.0})
     >>> out
     array([[-1.,  1.]])
     """
-    eps = eps.get("eps", 1e-5) if isinstance(eps, Mapping) else eps
+    eps = ln_param.get("eps", 1e-5) if isinstance(ln_param, Mapping) else ln_param
     centered = x - x.mean(axis=-1, keepdims=True)
     rstd = 1 / np.sqrt((centered * centered).mean(axis=-1, keepdims=True) + eps)
     x_hat = centered * rstd
