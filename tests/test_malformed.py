@@ -154,3 +154,88 @@ def test_packed_sequences_that_torch_takes():
         unsorted._replace(unsorted_indices=None),
     ):
         torch.testing.assert_close(gru(input)[1], reference(input)[1])
+
+
+@pytest.mark.parametrize(("ours", "torchs"), CELLS)
+def test_frozen_cells(ours, torchs):
+    """Weights are packed before anybody else looks at them."""
+    cell = fastseq.freeze(pair(ours, torchs, 3, 4, dtype=torch.float32)[0])
+    x = torch.randn(5, 3)
+    for name, weight in dict(cell.named_parameters()).items():
+        for wrong in (weight[:1], weight[None], weight[..., :0]):
+            setattr(cell, name, nn.Parameter(wrong.detach(), requires_grad=False))
+            with torch.no_grad(), pytest.raises(RuntimeError):
+                cell(x)
+        setattr(cell, name, weight)
+
+
+def test_batch_sizes_without_end():
+    """Expanded ones take no memory, but a list of them does."""
+    for steps in (36, 2**40):
+        with pytest.raises(RuntimeError, match=f"batch_sizes must sum to the 35 rows of data, got {steps} positive"):
+            fastseq.GRU(3, 4)(padding_free._replace(batch_sizes=sizes[-1:].expand(steps)))
+
+
+def test_masks_on_another_device():
+    """torch's kernels compute something of them, and of linear layers on meta."""
+    x, mask = torch.randn(2, 4, 6), torch.zeros(2, 4, dtype=torch.bool, device="meta")
+    attention = fastseq.MultiheadAttention(6, 2, batch_first=True)
+    encoder = fastseq.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+    for dtype in (torch.bool, torch.float32, torch.float64):
+        for call in (
+            lambda m: attention(x, x, x, key_padding_mask=m),
+            lambda m: attention(x, x, x, key_padding_mask=m, need_weights=False),
+            lambda m: attention(x, x, x, attn_mask=m[0].expand(4, 4)),
+            lambda m: encoder(x, src_key_padding_mask=m),
+            lambda m: encoder(x, m[0].expand(4, 4)),
+        ):
+            with pytest.raises(RuntimeError, match="on the same device"):
+                call(mask.to(dtype))
+
+
+@pytest.mark.parametrize("part", ["linear1", "linear2"])
+def test_feed_forward_on_meta(part):
+    x = torch.randn(2, 4, 6)
+    for layer in (
+        fastseq.TransformerEncoderLayer(6, 2, 8, batch_first=True),
+        fastseq.TransformerDecoderLayer(6, 2, 8, batch_first=True),
+    ):
+        arguments = (x, x)[: 1 + (layer._torch_class is nn.TransformerDecoderLayer)]
+        linear = getattr(layer, part)
+        linear.to("meta")
+        with pytest.raises(RuntimeError, match="on the same device"):
+            layer(*arguments)
+
+        def bring(module, _):  # as those who load weights when they are needed
+            module.to_empty(device="cpu")
+
+        linear.register_forward_pre_hook(bring)
+        layer(*arguments)
+
+
+def test_residual_without_input():
+    for wrong in (2.5, 1, None, [1.0]):
+        with pytest.raises(TypeError, match="input must be a Tensor, got"):
+            fastseq.layer_norm(wrong, (3,), residual=x)
+
+
+def test_linear_function(native):
+    """What the kernels do not serve is torch's, with its gradients."""
+    x, weight, bias = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4)
+    apply = fastseq.ops.LinearFunction.apply
+    for wrong, error in (
+        ((x[:, :2], weight, bias), RuntimeError),
+        ((x, weight[None], bias), RuntimeError),
+        ((x, weight.to("meta"), bias), RuntimeError),
+        ((x, weight, bias[:3]), RuntimeError),
+        ((x, weight, 2.5), TypeError),
+        ((None, weight, bias), TypeError),
+    ):
+        with pytest.raises(error):
+            apply(native, *wrong)
+    leaves = [t.half().requires_grad_() for t in (x, weight, torch.randn(1))]
+    out = apply(native, *leaves)
+    wanted = nn.functional.linear(*leaves)
+    torch.testing.assert_close(out, wanted)
+    for ours, torchs in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (out, wanted)), strict=True):
+        torch.testing.assert_close(ours, torchs)

@@ -232,6 +232,8 @@ class MultiheadAttention(DropIn, PacksWeights, nn.MultiheadAttention):
         if self._replaced():
             return None
         masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
+        if masks:  # torch's kernels read masks of another device, which may be no memory
+            checks.check_devices((query, *(mask for mask in masks if isinstance(mask, Tensor))))
         if masks and not all(isinstance(m, Tensor) and m.dtype in (torch.bool, query.dtype) for m in masks):
             return None
         names = _WHOLE if self._qkv_same_embed_dim else _SEPARATE

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.overrides import TorchFunctionMode
 
+from fastseq.backends.contract import Refused
 from fastseq.nn.drop_in import DropIn
 from fastseq.nn.packed_weights import PackedWeights, PacksWeights
 from fastseq.ops import routing
@@ -489,5 +490,8 @@ class CellModule(DropIn, PacksWeights):
     def _frozen_panels(self, packed: PackedWeights, cell: Cell, input: Tensor, weights: Direction) -> Any:
         route, backend = routing.route("recurrent", (input, *weights))
         if route is Route.KERNELS and not needs_grad(input, *weights):
-            return packed.panels(backend, 0, [weights], partial(backend.pack, cell.name))[0]
+            try:
+                return packed.panels(backend, 0, [weights], partial(backend.pack, cell.name))[0]
+            except Refused:  # weights that do not fit, which torch names
+                pass
         return None

@@ -12,6 +12,7 @@ from fastseq.nn.drop_in import DropIn
 from fastseq.nn.layer_norm import LayerNorm
 from fastseq.ops import routing
 from fastseq.ops.normalization import add_layer_norm
+from fastseq.ops.recurrent import checks
 
 # A version of torch that lacks it cannot tell: then norms are called, as torch calls them.
 _has_any_global_hook = getattr(torch_module, "_has_any_global_hook", lambda: True)
@@ -32,6 +33,17 @@ def _is_plain(module: DropIn) -> bool:
 def _fuses(norm: nn.Module) -> bool:
     """True where a norm may take over the addition before it."""
     return type(norm) is LayerNorm and _is_plain(norm)
+
+
+def _check_feed_forward(layer: DropIn, x: object) -> None:
+    """torch's linear layers compute something of parameters on meta; hooks may bring them from there in time."""
+    for name in ("linear1", "linear2"):
+        linear = layer._modules.get(name)
+        if type(linear) is nn.Linear:
+            for parameter in linear._parameters.values():
+                if parameter is not None and parameter.is_meta and isinstance(x, Tensor):
+                    hooked = linear._forward_pre_hooks or "forward" in linear.__dict__
+                    checks.check_devices((x, None if hooked else parameter))
 
 
 def _norm_of_sum(norm: nn.Module, x: Tensor, sublayer: Tensor) -> Tensor:
@@ -98,6 +110,7 @@ class TransformerEncoderLayer(DropIn, nn.TransformerEncoderLayer):
     ) -> Tensor:
         """See the class."""
         attention, call = self.self_attn, None
+        _check_feed_forward(self, src)
         # What others put in place of a part, or wait for at it, sees what torch's forward gives it.
         if isinstance(attention, MultiheadAttention) and not self._replaced() and _is_plain(attention):
             call = attention._call(src, src, src, src_key_padding_mask, src_mask, is_causal)
@@ -171,6 +184,8 @@ class TransformerDecoderLayer(DropIn, nn.TransformerDecoderLayer):
                 tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal,
                 memory_is_causal,
             )  # fmt: skip
+
+        _check_feed_forward(self, tgt)
 
         def attend(x: Tensor) -> Tensor:
             return self._sa_block(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)

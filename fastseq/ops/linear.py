@@ -12,6 +12,7 @@ from torch import Tensor
 from fastseq.backends.contract import Refused
 from fastseq.ops import routing
 from fastseq.ops.autograd import c_apply, composite_backward, needs_grad
+from fastseq.ops.recurrent.checks import check_devices, check_tensor
 from fastseq.ops.recurrent.kernels import contiguous, unit_stride
 
 # torch's time over ours on Zen 3 (AVX2), with the check of the packed weights, for K = 512, N = 512 and 1536, M rows.
@@ -81,7 +82,7 @@ class LinearFunction(torch.autograd.Function):
 
     `LinearFunction.apply(backend, x, weight, bias)` returns (..., N): `backend` is a module with `pack_linear` and
     `linear_forward`, x (..., K) with 1 to 3 axes, weight (N, K), bias (N,) or None. All three get gradients. With
-    `create_graph=True` these come from torch ops.
+    `create_graph=True` these come from torch ops. What the kernels do not serve is torch's, and so are its errors.
 
     Example:
         >>> import torch
@@ -95,17 +96,25 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See the class."""
+        for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+            if tensor is not None or name != "bias":
+                check_tensor(name, tensor)
         ctx.save_for_backward(x, weight)  # no gradient depends on the bias, which torch lets its owner change
-        ctx.backend = backend
-        return _multiply(backend, x, weight, bias)
+        ctx.backend, ctx.bias_shape = backend, None if bias is None else bias.shape
+        try:
+            return _multiply(backend, x, weight, bias)
+        except Refused:  # torch computes it, or names the mistake
+            ctx.backend = None
+            check_devices((x, weight, bias))
+            return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         """Gradients of x, weight and bias, None for those that need none."""
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
-        if not routing.kernels_differentiate((dy,)):
-            bias = weight.new_zeros(weight.shape[0], requires_grad=True) if needs[2] else None
+        if ctx.backend is None or not routing.kernels_differentiate((dy,)):
+            bias = weight.new_zeros(ctx.bias_shape, requires_grad=True) if needs[2] else None
             grads = composite_backward(
                 lambda x, weight, bias: (F.linear(x, weight, bias),), (x, weight, bias), (dy,), needs
             )

@@ -70,8 +70,9 @@ def layer_norm(
         if routing.is_compiling() or not isinstance(input, Tensor) or input.numel() < FEWEST_ELEMENTS:
             return torchs_layer_norm(input, normalized_shape, weight, bias, eps)
         return _normalize(input, normalized_shape, weight, bias, eps, None, False)[0]
+    check_tensor("input", input)
     check_tensor("residual", residual)
-    if isinstance(input, Tensor) and residual.shape != input.shape:
+    if residual.shape != input.shape:
         raise RuntimeError(f"residual must have the shape of input, {tuple(input.shape)}, got {tuple(residual.shape)}")
     return _normalize(input, normalized_shape, weight, bias, eps, residual, True)
 

@@ -63,6 +63,10 @@ def check_packed(packed: PackedSequence) -> int:
         raise RuntimeError(f"expected scalar type Long for batch_sizes but found {batch_sizes.dtype}")
     if batch_sizes.dim() != 1 or not batch_sizes.shape[0]:
         raise RuntimeError(f"batch_sizes must have shape (T,), T > 0, got {tuple(batch_sizes.shape)}")
+    if data.dim() and batch_sizes.shape[0] > data.shape[0]:  # before they are read: expanded ones are without end
+        raise RuntimeError(
+            f"batch_sizes must sum to the {data.shape[0]} rows of data, got {batch_sizes.shape[0]} positive ones"
+        )
     sizes = _values(batch_sizes)
     if sizes is None:
         return int(batch_sizes[0])
