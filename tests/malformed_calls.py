@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from malformed_call import DTYPES, Call, odds, some, with_parameters
 from malformed_recurrent import cell_call, function_call, lengths_of, module_call, track
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import PackedSequence
 
 import fastseq
@@ -49,7 +50,10 @@ def attention_call(rng):
         a["dropout_p"] = 0.0
 
     def torchs(a):
-        return F.scaled_dot_product_attention(**a)
+        if not all(a[n].numel() for n in ("query", "key", "value")):
+            with sdpa_kernel(list(SDPBackend.__members__.values())):  # torch returns zeros before it chooses one
+                return F.scaled_dot_product_attention(**a)
+        return unknown_where_drawn(a, F.scaled_dot_product_attention(**a))
 
     if len(lead) == 2 and odds(rng, 0.5):
         if odds(rng, 0.4):
@@ -64,7 +68,10 @@ def attention_call(rng):
             a["softcap"] = rng.uniform(0.5, 3)
         if odds(rng, 0.4):
             a["alibi_slopes"] = torch.rand(some(rng, (N,), (B, N)), generator=make)
-        torchs = all_scores
+        if not a.keys().isdisjoint(BEYOND):
+
+            def torchs(a):
+                return unknown_where_drawn(a, all_scores(a))
 
     def ours(a):
         a = dict(
@@ -75,9 +82,20 @@ def attention_call(rng):
     return Call("attention", a, ours, torchs)
 
 
+BEYOND = ("lengths_k", "lengths_q", "window", "causal", "softcap", "alibi_slopes")
+
+
+def unknown_where_drawn(a, out):
+    """Dropout draws its own numbers; all of them is none."""
+    dropout_p = float(a.get("dropout_p", 0))
+    return out if dropout_p == 0 else out * 0 if dropout_p == 1 else torch.full_like(out, torch.nan)
+
+
 def all_scores(a):
     """What is beyond torch, with every score in memory."""
     q, k, v, mask = a["query"], a["key"], a["value"], a.get("attn_mask")
+    batch = torch.broadcast_shapes(*(t.shape[:-3] for t in (q, k, v)))
+    q, k, v = (t.expand(*batch, *(t.shape[-3:] if t.dim() > 2 else (1, *t.shape))) for t in (q, k, v))
     if a.get("enable_gqa", False):
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
     L, S = q.shape[-2], k.shape[-2]
@@ -133,9 +151,9 @@ def packed_attention_call(rng):
         parts = []
         for qa, qb, ka, kb in zip([q0, *q1], q1, [k0, *k1], k1, strict=False):
             part = {"query": q[..., qa:qb, :], "key": k[..., ka:kb, :], "value": v[..., ka:kb, :]}
-            part = {n: t.unsqueeze(0) if t.dim() == 3 else t for n, t in part.items()}
+            part = {n: t if t.dim() == 4 else t.expand(1, *(1,) * (3 - t.dim()), *t.shape) for n, t in part.items()}
             out = all_scores(part | {n: a[n] for n in a if "cu_" not in n and n not in part})
-            parts.append(out if q.dim() == 4 else out.squeeze(0))
+            parts.append(out if 4 in (q.dim(), k.dim(), v.dim()) else out.squeeze(0))
         return torch.cat(parts, -2)
 
     return Call("packed attention", a, lambda a: fastseq.scaled_dot_product_attention(**a), torchs)
@@ -299,7 +317,8 @@ def cache_call(rng):
         V = a["head_dim"] if a["value_dim"] is None else a["value_dim"]
         rows = [(torch.empty(a["heads"], 0, a["head_dim"]), torch.empty(a["heads"], 0, V)) for _ in range(a["batch"])]
         for turn, (key, value, lengths) in enumerate(a["turns"]):
-            lengths = [key.shape[2]] * key.shape[0] if lengths is None else torch.as_tensor(lengths).tolist()
+            every = [key.shape[2]] * key.shape[0]
+            lengths = every if lengths is None else torch.as_tensor(lengths).reshape(-1).tolist()
             if key.dtype is not dtype or value.dtype is not dtype or not key.shape[0] == value.shape[0] == len(rows):
                 raise RuntimeError("dtype or batch")
             if any(n > key.shape[2] or n < 0 for n in lengths):

@@ -80,7 +80,7 @@ def module_call(rng):
         return module(a["input"], a["hx"], **{n: a[n] for n in ("lengths", "reset", "return_states") if n in a})[:2]
 
     def torchs(a):
-        module = with_parameters(getattr(nn, name)(I, H, **options), a["parameters"])
+        module = with_parameters(getattr(nn, name)(I, H, **options).requires_grad_(trains), a["parameters"])
         if form == "step":
             hx, x = a["hx"], a["input"]
             if dtype is torch.bfloat16 and hx is not None:
@@ -97,7 +97,7 @@ def module_call(rng):
 
 def unrolled(name, x, h, c, weights, lengths, reset, reverse):
     """One direction of a layer, step by step, with what torch's lacks."""
-    w_ih, w_hh, b_ih, b_hh, *projection = weights
+    w_ih, w_hh, b_ih, b_hh, *projection = (w if w is None or not w.is_sparse else w.to_dense() for w in weights)
     T, B, _ = x.shape
     h = x.new_zeros(B, projection[0].shape[0] if projection else w_hh.shape[1]) if h is None else h
     c = x.new_zeros(B, w_hh.shape[0] // 4) if c is None else c
