@@ -13,14 +13,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.overrides import TorchFunctionMode
 
-from fastseq.backends.contract import Refused
 from fastseq.nn.drop_in import DropIn
 from fastseq.nn.packed_weights import PackedWeights, PacksWeights
 from fastseq.ops import routing
 from fastseq.ops.autograd import needs_grad
 from fastseq.ops.lengths import packed_rows, padded_rows
 from fastseq.ops.recurrent import checks, formula
-from fastseq.ops.recurrent.function import run_layer, run_step
+from fastseq.ops.recurrent.function import pack_step, run_layer, run_step
 from fastseq.ops.recurrent.kernels import all_contiguous, unit_stride
 from fastseq.ops.recurrent.spec import Cell, Direction, Layer
 from fastseq.ops.routing import Route
@@ -490,8 +489,5 @@ class CellModule(DropIn, PacksWeights):
     def _frozen_panels(self, packed: PackedWeights, cell: Cell, input: Tensor, weights: Direction) -> Any:
         route, backend = routing.route("recurrent", (input, *weights))
         if route is Route.KERNELS and not needs_grad(input, *weights):
-            try:
-                return packed.panels(backend, 0, [weights], partial(backend.pack, cell.name))[0]
-            except Refused:  # weights that do not fit, which torch names
-                pass
+            return packed.panels(backend, 0, [weights], partial(pack_step, backend, cell))[0]
         return None

@@ -131,6 +131,14 @@ def run_step(
         return None
 
 
+def pack_step(backend: ModuleType, cell: Cell, weights: Direction) -> Any | None:
+    """The weights of a cell as `run_step` takes them packed; None of those that do not fit."""
+    try:
+        return backend.pack(cell.name, weights)
+    except Refused:
+        return None
+
+
 def run_cell(cell: Cell, x: Tensor, h: Tensor, c: Tensor | None, weights: Direction) -> tuple[Tensor, Tensor | None]:
     """What fastseq.rnn_cell, lstm_cell and gru_cell share."""
     result = run_step(cell, x, h, c, weights)
