@@ -239,3 +239,56 @@ def test_linear_function(native):
     torch.testing.assert_close(out, wanted)
     for ours, torchs in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (out, wanted)), strict=True):
         torch.testing.assert_close(ours, torchs)
+
+
+@pytest.mark.parametrize(("ours", "torchs"), CELLS)
+def test_cells_without_a_weight(ours, torchs):
+    cell = ours(3, 4)
+    cell.weight_hh = None
+    with pytest.raises((TypeError, RuntimeError), match="w_hh|weight_hh|must be Tensor"):
+        cell(torch.randn(5, 3))
+
+
+def test_attention_of_no_heads():
+    """torch's op divides by their number."""
+    q, k, none = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 0, 5, 8)
+    for key, value in ((none, k), (k, none), (none, none)):
+        for options in ({}, {"lengths_k": [5, 2]}, {"attn_mask": torch.ones(3, 5, dtype=torch.bool)}):
+            with pytest.raises(RuntimeError, match="Number of heads in key and value must divide"):
+                fastseq.scaled_dot_product_attention(q, key, value, enable_gqa=True, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_attention_mask_on_another_device(dtype):
+    q, mask = torch.randn(2, 2, 3, 8), torch.zeros(3, 3, dtype=dtype, device="meta")
+    for query in (q, q[0], q.clone().requires_grad_()):
+        with pytest.raises(RuntimeError, match="attn_mask are not at the same device"):
+            fastseq.scaled_dot_product_attention(query, q, q, mask)
+
+
+def test_fast_path_of_torch():
+    """It reads an in_proj_bias of another dtype as it is, past its end, and takes masks of any rank."""
+    layer = fastseq.TransformerEncoderLayer(6, 2, 8, batch_first=True, dtype=torch.float64).eval()
+    reference = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, dtype=torch.float64)  # training: no fast path
+    reference.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    with torch.no_grad():
+        for part in (layer, layer.self_attn):
+            arguments = (x,) if part is layer else (x, x, x)
+            with pytest.raises(AssertionError, match="2-D or 3-D but found 5-D"):
+                part(*arguments, **{"src_mask" if part is layer else "attn_mask": torch.zeros(1, 1, 1, 3, 3) > 0})
+        for module in (layer, reference):
+            module.self_attn.in_proj_bias = nn.Parameter(torch.linspace(-1, 1, 18))
+            module.dropout.p = module.dropout1.p = module.dropout2.p = module.self_attn.dropout = 0.0
+        torch.testing.assert_close(layer(x), reference(x))
+        x = x.clone()
+        torch.testing.assert_close(layer.self_attn(x, x, x)[0], reference.self_attn(x, x, x)[0])
+
+
+def test_lengths_of_an_endless_input(native):
+    """Expanded steps take no memory, nor does what is known of their lengths."""
+    from fastseq.ops.lengths import padded_rows
+
+    rows = padded_rows([2, 0, 3], 2**40, 3, torch.device("cpu"))
+    assert rows.batch_sizes.tolist() == [2, 2, 1]
+    assert rows.longest == 3

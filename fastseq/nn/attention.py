@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastseq.nn.drop_in import DropIn
 from fastseq.nn.packed_weights import PacksWeights
@@ -145,9 +147,10 @@ class MultiheadAttention(DropIn, PacksWeights, nn.MultiheadAttention):
         """See the class."""
         call = self._call(query, key, value, key_padding_mask, attn_mask, is_causal)
         if call is None:
-            return self._torchs(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            )
+            with self._checked(query, key, value, key_padding_mask, attn_mask):
+                return self._torchs(
+                    query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+                )
         return self._attend(
             call, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
@@ -259,6 +262,19 @@ class MultiheadAttention(DropIn, PacksWeights, nn.MultiheadAttention):
         if backend is not None and "linear" not in backend.SERVES:
             backend = None  # a GPU's: its kernels serve the attention alone, which finds them by itself
         return Call(backend, weights, in_bias, out_weight, out_bias, bias_k, bias_v)
+
+    def _checked(
+        self, query: object, key: object, value: object, key_padding_mask: object, attn_mask: object
+    ) -> AbstractContextManager[object]:
+        """A block for torch's forward, which does not take its fast path with what that one does not look at."""
+        masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
+        if routing.is_compiling() or not all(isinstance(t, Tensor) for t in (query, key, value, *masks)):
+            return nullcontext()
+        bias = _parameter(self, "in_proj_bias")
+        looked_at = bias is None or bias.dtype is query.dtype
+        if looked_at and (not masks or self._fits(query, key, value, key_padding_mask, attn_mask)):
+            return nullcontext()
+        return _Watched()
 
     def _fits(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
@@ -414,3 +430,10 @@ def _weighted(q: Tensor, k: Tensor, v: Tensor, masks: _Masks, scale: float, drop
     if dropout_p:
         weights = F.dropout(weights, dropout_p)
     return weights @ v, weights
+
+
+class _Watched(TorchFunctionMode):
+    """A mode, as torch's modules leave their fast path where there is one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))

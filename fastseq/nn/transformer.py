@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -115,7 +116,9 @@ class TransformerEncoderLayer(DropIn, nn.TransformerEncoderLayer):
         if isinstance(attention, MultiheadAttention) and not self._replaced() and _is_plain(attention):
             call = attention._call(src, src, src, src_key_padding_mask, src_mask, is_causal)
         if call is None:
-            return self._torchs(src, src_mask, src_key_padding_mask, is_causal)
+            ours = isinstance(attention, MultiheadAttention)
+            with attention._checked(src, src, src, src_key_padding_mask, src_mask) if ours else nullcontext():
+                return self._torchs(src, src_mask, src_key_padding_mask, is_causal)
 
         def attend(x: Tensor) -> Tensor:
             # Asked once what serves the call: the answer takes a fifth of a tiny one.

@@ -57,7 +57,7 @@ def padded_rows(
         return None
     falling = bool((values[:-1] >= values[1:]).all())
     order = None if falling else torch.from_numpy(np.argsort(-values, kind="stable"))
-    ended = np.cumsum(np.bincount(values, minlength=steps + 1))  # rows with a length of at most t
+    ended = np.cumsum(np.bincount(values))  # rows with a length of at most t
     longest = int(values.max())
     return Rows(
         torch.from_numpy(values).to(device),

@@ -123,7 +123,7 @@ def scaled_dot_product_attention(
         out = _plain(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         if out is not None:
             return out
-    _check_rows(key, value)
+    _check_memory(query, key, value, attn_mask, enable_gqa)
     if plain and not is_causal and _causal_bias(attn_mask):
         alignment = _alignment(query, key, value, attn_mask)
         if alignment is not None:
@@ -239,15 +239,24 @@ def _keeps_layout(
     )
 
 
-def _check_rows(key: object, value: object) -> None:
-    """As many rows in key as in value: torch's op reads and writes past the shorter one's memory instead of asking."""
-    if type(key) in routing.PLAIN_TYPES and type(value) in routing.PLAIN_TYPES:
-        strided = key.layout is value.layout is torch.strided and not (key.is_nested or value.is_nested)
-        if strided and min(key.dim(), value.dim()) >= 2 and key.shape[-2] != value.shape[-2]:
-            raise RuntimeError(
-                "key and value must have the same number of rows, "
-                f"got a key of shape {tuple(key.shape)} and a value of shape {tuple(value.shape)}"
-            )
+def _check_memory(query: object, key: object, value: object, mask: object, enable_gqa: object) -> None:
+    """What torch's op does not ask: it reads and writes past the memory of the shorter of key and value, takes a mask
+    on another device for memory, and divides by the number of heads."""
+    for t in (query, key, value):
+        if type(t) not in routing.PLAIN_TYPES or t.layout is not torch.strided or t.is_nested or t.dim() < 2:
+            return
+    if key.shape[-2] != value.shape[-2]:
+        raise RuntimeError(
+            "key and value must have the same number of rows, "
+            f"got a key of shape {tuple(key.shape)} and a value of shape {tuple(value.shape)}"
+        )
+    if enable_gqa and min(key.dim(), value.dim()) >= 3 and not (key.shape[-3] and value.shape[-3]):
+        raise RuntimeError(
+            "Number of heads in key and value must divide the number of heads in query, "
+            f"got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    if type(mask) in routing.PLAIN_TYPES and mask.device != query.device:
+        raise RuntimeError(f"query and attn_mask are not at the same device, found {query.device} and {mask.device}")
 
 
 def _causal_bias(mask: object) -> bool:

@@ -122,7 +122,9 @@ def run_step(
         return None
     w_ih, w_hh, b_ih, b_hh = weights
     try:
-        if torch.is_grad_enabled() and (w_hh.requires_grad or x.requires_grad or needs_grad(h, c, w_ih, b_ih, b_hh)):
+        if torch.is_grad_enabled() and (
+            w_hh is None or w_hh.requires_grad or x.requires_grad or needs_grad(h, c, w_ih, b_ih, b_hh)
+        ):
             return _apply_step(cell, backend, x, h, c, w_ih, w_hh, b_ih, b_hh)
         threads = torch.get_num_threads()
         h_1, _, c_1, _ = backend.recurrent_step(cell.name, x, h, c, w_ih, w_hh, b_ih, b_hh, threads, False, panels)
