@@ -96,6 +96,11 @@ def all_scores(a):
     q, k, v, mask = a["query"], a["key"], a["value"], a.get("attn_mask")
     batch = torch.broadcast_shapes(*(t.shape[:-3] for t in (q, k, v)))
     q, k, v = (t.expand(*batch, *(t.shape[-3:] if t.dim() > 2 else (1, *t.shape))) for t in (q, k, v))
+    if len(batch) > 1:
+        flat = {n: t.flatten(0, -4) for n, t in zip(("query", "key", "value"), (q, k, v), strict=True)}
+        if mask is not None:
+            mask = mask.expand(*batch, q.shape[-3], q.shape[-2], k.shape[-2]).flatten(0, -4)
+        return all_scores(a | flat | {"attn_mask": mask}).unflatten(0, batch)
     if a.get("enable_gqa", False):
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
     L, S = q.shape[-2], k.shape[-2]
@@ -262,7 +267,8 @@ def layer_norm_call(rng):
 
     def torchs(a):
         a = dict(a)
-        if "residual" not in a:
+        if a.get("residual") is None:
+            a.pop("residual", None)
             return F.layer_norm(**a)
         if a["residual"].shape != a["input"].shape:
             raise RuntimeError("residual")
@@ -327,8 +333,9 @@ def cache_call(rng):
                 tuple(torch.cat((old, new[b, :, :n]), 1) for old, new in zip(pair, (key, value), strict=True))
                 for (b, n), pair in zip(enumerate(lengths), rows, strict=True)
             ]
-            if turn == 0 and a.get("reset") is not None:
-                for row in torch.as_tensor(a["reset"]).reshape(-1).tolist():
+            if turn == 0 and "reset" in a:
+                emptied = range(len(rows)) if a["reset"] is None else torch.as_tensor(a["reset"]).reshape(-1).tolist()
+                for row in emptied:
                     rows[row] = tuple(t[:, :0] for t in rows[row])
         return rows
 

@@ -111,13 +111,14 @@ def mutate_tensor(rng: random.Random, t: torch.Tensor, huge: int) -> Any:
     if kind == "type":
         return strange(rng) if rng.random() < 0.7 else t.tolist()
     if kind == "values" and t.numel():
-        t = t.clone()
+        t = t.clone(memory_format=torch.contiguous_format)
         flat = t.view(-1)
         place = rng.randrange(flat.numel())
-        if t.is_floating_point():
+        if t.is_floating_point() or t.is_complex():
             flat[place] = rng.choice((float("nan"), float("inf"), 1e30))
         elif t.dtype is not torch.bool:
-            flat[place] = rng.choice((-1, 0, 1, int(flat[place]) + 1, int(flat[place]) - 1, HUGE, -HUGE))
+            new = rng.choice((-1, 0, 1, int(flat[place]) + 1, int(flat[place]) - 1, HUGE, -HUGE))
+            flat[place] = min(max(new, torch.iinfo(t.dtype).min), torch.iinfo(t.dtype).max)
         return t
     return mutate_memory(rng, t)
 

@@ -80,11 +80,15 @@ def module_call(rng):
         return module(a["input"], a["hx"], **{n: a[n] for n in ("lengths", "reset", "return_states") if n in a})[:2]
 
     def torchs(a):
-        module = with_parameters(getattr(nn, name)(I, H, **options).requires_grad_(trains), a["parameters"])
+        parameters = a["parameters"]
+        if form == "step":  # whose product torch has for a sparse weight, but not that of a sequence
+            sparse = {n: p for n, p in parameters.items() if isinstance(p, torch.Tensor) and p.is_sparse}
+            parameters = parameters | {n: p.to_dense() for n, p in sparse.items()}
+        module = with_parameters(getattr(nn, name)(I, H, **options).requires_grad_(trains), parameters)
         if form == "step":
             hx, x = a["hx"], a["input"]
             if dtype is torch.bfloat16 and hx is not None:
-                hx = tuple(s.to(dtype) for s in hx) if isinstance(hx, tuple) else hx.to(dtype)
+                hx = tuple(s.to(dtype) for s in hx) if isinstance(hx, tuple | list) else hx.to(dtype)
             axis = 0 if x.dim() == 1 or not options["batch_first"] else 1
             y, hx = module(x.unsqueeze(axis), hx)
             return y.squeeze(axis), hx
