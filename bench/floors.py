@@ -52,6 +52,7 @@ FLOORS = (
     Floor("LSTM", "training", ANY, ANY, 3.2, 6.0, layout="packed"),
     Floor("GRU", "forward", ANY, ANY, 2.7, 4.0, layout="packed"),
     Floor("GRU", "training", ANY, ANY, 3.0, 6.0, layout="packed"),
+    Floor("LSTM GRU RNN", "forward", ONE, ANY, 1.0, 1.0, layout="step"),
     Floor("LSTMCell GRUCell", "forward", ONE, range(1, 129), 3.0, None),
     Floor("RNNCell", "forward", ONE, ANY, 2.0, None),
     Floor("LSTMCell GRUCell RNNCell", "forward", THIRTY_TWO_UP, ANY, 2.2, None),
@@ -74,7 +75,9 @@ PACKED_OVER_PADDED = (1.15, 1.3)
 def layout(shape: Shape | CellShape) -> str:
     if isinstance(shape, CellShape):
         return "plain"
-    return "packed" if shape.packed else "bidirectional" if shape.bidirectional else "plain"
+    if shape.packed:
+        return "packed"
+    return "bidirectional" if shape.bidirectional else "step" if shape.T == 1 else "plain"
 
 
 def floors(name: str, mode: str, shape: Shape | CellShape, dtype: str, threads: int) -> dict[str, float]:

@@ -129,6 +129,7 @@ SEQUENCES = (
     Shape(32, 50, 256, 256, layers=2, bidirectional=True),
     Shape(32, 50, 256, 256, packed=True),
 )
+STEPS = tuple(Shape(1, 1, size, size) for size in (16, 128, 512, 1024))
 CELLS = (CellShape(1, 64), CellShape(1, 128), CellShape(1, 512), CellShape(32, 256), CellShape(64, 512))
 PREFILLS = (
     AttentionShape(1, 8, 512, 512, 64),
@@ -157,6 +158,7 @@ WINDOW = 64  # keys before its own that a query sees
 
 if SMALL:
     SEQUENCES = (Shape(1, 3, 8, 8), Shape(9, 4, 5, 7, layers=2, bidirectional=True), Shape(3, 4, 5, 7, packed=True))
+    STEPS = (Shape(1, 1, 8, 8),)
     CELLS = (CellShape(1, 8),)
     PREFILLS = (AttentionShape(1, 2, 7, 7, 8),)
     DECODES = (AttentionShape(2, 4, 1, 9, 8), AttentionShape(2, 4, 1, 9, 8, kv_heads=2))

@@ -82,6 +82,7 @@ cdef extern from "kernels.h" namespace "fastseq" nogil:
         const void* b_ih
         const void* b_hh
         const void* panels
+        bint in_order
         Sequence x, y, c_all, dy, dc_all, dx
         State h_0, c_0, h_n, c_n, dh_n, dc_n, dh_0, dc_0
         void* saved

@@ -55,7 +55,7 @@ def recurrent_forward(
         x: (T, B, I), or the rows (sum of batch_sizes, I) of a packed sequence with `packed`.
         h_0, c_0: (B, H) or None for zeros; c_0 for the LSTM. dtype of x, or float32 with `float_state`.
         panels: `pack(cell, weights)`, made with the active instruction set. None: the weights are packed for this
-            call.
+            call, or read in place for a single row. The bits are the same.
         batch_sizes: int64 (T,), the number of rows active at each step: falling, at least 1. None: all, always.
         order: int64 (B,), the batch index of each row when rows are sorted by falling length. None: sorted already.
         reverse: from the last step to the first.
@@ -92,7 +92,7 @@ def recurrent_forward(
         saved = empty(&p.saved, UINT8, (kernels.saved_bytes(p[0]),))
         check_aligned(p.saved)
     with nogil:
-        status = forward_packed(kernels, p)
+        status = forward_sequence(kernels, p)
     check_status(status)
     return y, h_n, c_n, c_all, saved
 
@@ -205,12 +205,12 @@ def recurrent_backward(
     return dx, dh_0, dc_0, dw_ih, dw_hh, db_ih, db_hh
 
 
-# A sequence is packed even for one step: sums over rows in place have another order, and a sequence can be cut anywhere
-# without a change of a bit.
-cdef Status forward_packed(const RecurrentKernels* kernels, RecurrentParams* p) noexcept nogil:
+# A sequence can be cut anywhere without a change of a bit, down to one step of one row, which is not worth packing for.
+cdef Status forward_sequence(const RecurrentKernels* kernels, RecurrentParams* p) noexcept nogil:
     cdef void* scratch = NULL
     cdef Status status
-    if p.panels == NULL:
+    p.in_order = p.panels == NULL and p.steps * p.batch == 1
+    if p.panels == NULL and not p.in_order:
         scratch = allocate(kernels.panels_bytes(p[0]))
         if scratch == NULL:
             return kOutOfMemory

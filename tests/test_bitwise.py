@@ -26,7 +26,7 @@ def isa(request):
         yield request.param
 
 
-def forward_and_backward(cell, case, inputs, threads):
+def forward_and_backward(cell, case, inputs, threads, panels=None):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     batch_sizes = order = None
@@ -34,7 +34,7 @@ def forward_and_backward(cell, case, inputs, threads):
         batch_sizes, order = inputs.active.sum(1), inputs.order
     options = {"batch_sizes": batch_sizes, "order": order, "reverse": case.reverse, "reset": inputs.reset}
     forward = (cell, inputs.x, inputs.h_0, inputs.c_0, inputs.weights)
-    y, h_n, c_n, _, saved = native.recurrent_forward(*forward, save=True, **options)
+    y, h_n, c_n, _, saved = native.recurrent_forward(*forward, save=True, panels=panels, **options)
     gradients = native.recurrent_backward(
         *forward, y, saved, native.active_isa(), dy=inputs.dy, dh_n=inputs.dh_n, dc_n=inputs.dc_n, dc_all=None,
         needs=(True,) * 7, dx=torch.zeros_like(inputs.x), **options,
@@ -140,3 +140,15 @@ def test_rows_do_not_see_each_other(cell, dtype, isa):
         c_0 = None if inputs.c_0 is None else inputs.c_0[rows]
         part = native.recurrent_forward(cell, inputs.x[:, rows], inputs.h_0[rows], c_0, inputs.weights)[0]
         assert torch.equal(part, y[:, rows])
+
+
+@each_dtype
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_single_row_in_place(cell, dtype, isa):
+    """Weights that are read in place for a single row give the bits of packed ones: blocks, units and terms cut off."""
+    for I, H in ((1, 7), (33, 65), (64, 32), (513, 259), (1031, 130), (1024, 48)):  # noqa: E741
+        case = Case(1, 1, I, H)
+        inputs = make_inputs(cell, case, dtype)
+        packed = forward_and_backward(cell, case, inputs, 1, native.pack(cell, inputs.weights))
+        for threads in (1, 2):
+            assert all_equal(forward_and_backward(cell, case, inputs, threads), packed), (I, H, threads)

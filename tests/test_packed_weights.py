@@ -62,6 +62,22 @@ def test_packed_once(cell, calls):
     assert calls == []
 
 
+@pytest.mark.parametrize("cell", MODULES)
+def test_a_single_row_keeps_no_panels(cell, calls):
+    """One step of one row reads the weights themselves, in every layout; frozen ones are packed all the same."""
+    rnn = make(cell, 3, 4, 2, bidirectional=True)
+    row = X[:1, :1]
+    with torch.no_grad():
+        for x in (row, row[0], nn.utils.rnn.pack_sequence([row[0]])):
+            rnn(x)
+        agrees(rnn, row)
+        rnn.weight_hh_l0.data.mul_(2)
+        agrees(rnn, row)
+        assert calls == []
+        fastseq.freeze(rnn)(row)
+        assert calls == ["pack"] * 4
+
+
 CHANGES = {
     "in place": lambda rnn: rnn.weight_hh_l0.mul_(2),
     ".data": lambda rnn: rnn.weight_hh_l0.data.mul_(2),

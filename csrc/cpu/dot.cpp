@@ -1,5 +1,5 @@
-// The row-major dot micro-kernel: terms of a few rows straight from torch's weights, without packing. For single steps,
-// where packing would cost six times the step itself.
+// Terms of a few rows straight from torch's weights, without packing: row-major dots for single steps, where packing
+// would cost six times the step itself, and sums of one row in the order of packed panels.
 #include "gemm.h"
 #include "micro_kernel-inl.h"
 
@@ -56,6 +56,82 @@ void dot_column(const S* const* rows, int64_t depth, const S* w, const S* bias, 
   }
 }
 
+// How rows of weights become terms in lanes: a square of as many rows as lanes is transposed in registers, kStep terms
+// at a time. With kHalves two rows share a vector, which saves a stage of shuffles, but reads a line of the cache
+// twice.
+template <class S, bool kHalves>
+struct Column {
+  using T = Compute<S>;
+  using V = Vec<T>;
+  static constexpr int kLanes = V::kLanes, kVectors = kHalves ? kLanes / 2 : kLanes;
+  static constexpr int kDepth = PanelOf<S>::kDepth, kStep = kVectors * kDepth;
+
+  // acc + kStep terms of kLanes rows, in order of k.
+  FASTSEQ_INLINE static V add(const S* row, const S* w, int64_t depth, V acc) {
+    const auto words = [&](int64_t u) { return (const T*)(w + u * depth); };
+    V column[kVectors];
+    if constexpr (kHalves) {
+      FASTSEQ_UNROLL for (int u = 0; u < kVectors; ++u) column[u] = load_halves(words(u), words(kVectors + u));
+      transpose_halves(column);
+    } else {
+      FASTSEQ_UNROLL for (int u = 0; u < kVectors; ++u) column[u] = load(words(u));
+      transpose(column);
+    }
+    FASTSEQ_UNROLL for (int i = 0; i < kVectors; ++i) acc = add_term(row + i * kDepth, kDepth, column[i], acc);
+    return acc;
+  }
+
+  // The same of the first n terms of `units` rows.
+  static V add_first(const S* row, const S* w, int64_t depth, int64_t units, int64_t n, V acc) {
+    for (int64_t k = 0; k < n; k += kDepth) {
+      S lane[kLanes * kDepth] = {};
+      for (int64_t u = 0; u < min(units, kLanes); ++u)
+        for (int64_t i = 0; i < min(kDepth, n - k); ++i) lane[u * kDepth + i] = w[u * depth + k + i];
+      acc = add_term(row + k, n - k, load((const T*)lane), acc);
+    }
+    return acc;
+  }
+
+ private:
+  FASTSEQ_INLINE static V add_term(const S* x, int64_t left, V column, V acc) {
+    if constexpr (kDepth == 1) {
+      return fma(V(*x), column, acc);
+    } else {
+      uint32_t word = 0;  // an odd last term is paired with 0
+      std::memcpy(&word, x, left > 1 ? sizeof word : sizeof *x);
+      return fma_pairs(broadcast_word(word), (Words)column.raw, acc);
+    }
+  }
+};
+
+// transposed_row for kVectors vectors at once; of more than one, all are whole.
+template <int kVectors, bool kHalves, class S>
+void transposed_vectors(const S* row, int64_t depth, const S* w, const S* bias, const UnitVector<Compute<S>>* vectors) {
+  using C = Column<S, kHalves>;
+  using V = typename C::V;
+  const int64_t units = vectors[0].units;
+  const S* weights[kVectors];
+  V sum[kVectors];
+  FASTSEQ_UNROLL for (int j = 0; j < kVectors; ++j) {
+    weights[j] = w + vectors[j].first * depth;
+    sum[j] = bias ? load_first(bias + vectors[j].first, units) : V(0);
+  }
+  for (int64_t k0 = 0; k0 < depth; k0 += kBlock) {
+    const int64_t end = min(depth, k0 + kBlock);
+    int64_t k = k0;
+    V acc[kVectors];
+    FASTSEQ_UNROLL for (int j = 0; j < kVectors; ++j) acc[j] = V(0);
+    if (units >= C::kLanes)
+      for (; k + C::kStep <= end; k += C::kStep)
+        FASTSEQ_UNROLL for (int j = 0; j < kVectors; ++j) acc[j] = C::add(row + k, weights[j] + k, depth, acc[j]);
+    FASTSEQ_UNROLL for (int j = 0; j < kVectors; ++j) {
+      acc[j] = C::add_first(row + k, weights[j] + k, depth, units, end - k, acc[j]);
+      sum[j] = sum[j] + acc[j];
+    }
+  }
+  FASTSEQ_UNROLL for (int j = 0; j < kVectors; ++j) store(vectors[j].out, sum[j]);
+}
+
 }  // namespace
 
 template <class S>
@@ -73,9 +149,34 @@ void dot_rows(const S* const* rows, int64_t count, int64_t depth, const S* w, co
     });
 }
 
+template <class S>
+void transposed_row(const S* row, int64_t depth, const S* w, const S* bias, const UnitVector<Compute<S>>* vectors,
+                    int count) {
+  constexpr int lanes = kLanes<Compute<S>>;
+  // Lines that are a multiple of 4 KB apart share the 8 places of a set of the L1 cache. 16 rows then push each other
+  // out, and a line had better be read at once: 42 GB/s of weights where the halves of 16 lanes take 35 (Zen 4).
+  if (depth * sizeof(S) % 4096 == 0) {
+    for (int i = 0; i < count; ++i) transposed_vectors<1, false>(row, depth, w, bias, vectors + i);
+    return;
+  }
+  // One chain of FMAs keeps 8 lanes and fewer waiting: 28 GB/s, where two take 40. 16 lanes take 45.
+  constexpr int most = lanes < 16 ? 2 : 1;
+  for (int i = 0; i < count;) {
+    if (most > 1 && i + 1 < count && min(vectors[i].units, vectors[i + 1].units) >= lanes) {
+      transposed_vectors<most, true>(row, depth, w, bias, vectors + i);
+      i += most;
+    } else {
+      transposed_vectors<1, true>(row, depth, w, bias, vectors + i++);
+    }
+  }
+}
+
 template void dot_rows(const float* const*, int64_t, int64_t, const float*, const float*, int64_t, float*, int64_t);
 template void dot_rows(const double* const*, int64_t, int64_t, const double*, const double*, int64_t, double*, int64_t);
 template void dot_rows(const BFloat16* const*, int64_t, int64_t, const BFloat16*, const BFloat16*, int64_t, float*,
                        int64_t);
+template void transposed_row(const float*, int64_t, const float*, const float*, const UnitVector<float>*, int);
+template void transposed_row(const double*, int64_t, const double*, const double*, const UnitVector<double>*, int);
+template void transposed_row(const BFloat16*, int64_t, const BFloat16*, const BFloat16*, const UnitVector<float>*, int);
 
 }  // namespace fastseq::FASTSEQ_ISA

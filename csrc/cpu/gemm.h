@@ -62,6 +62,19 @@ template <class S>
 void dot_rows(const S* const* rows, int64_t count, int64_t depth, const S* w, const S* bias, int64_t units,
               Compute<S>* out, int64_t row_stride);
 
+// A vector of units of one row: `units` <= lanes rows of the weights from `first` on, and where their sums go.
+template <class T>
+struct UnitVector {
+  int64_t first, units;
+  T* out;
+};
+
+// That of one row with the bits of multiply_rows: the same sums in the same order, from weights as they lie. Writes
+// whole vectors.
+template <class S>
+void transposed_row(const S* row, int64_t depth, const S* w, const S* bias, const UnitVector<Compute<S>>* vectors,
+                    int count);
+
 // The product dG W of gradients with weights. K is (panels, terms, units), in `chunks` parts a panel:
 // A: row m of panel p is a + p * a_panel + m * a_row, its parts follow each other.
 // B: part j of panel p for vector q of columns is b + p * b_panel + b_chunk[j] + q * b_vector, rows b_step apart.

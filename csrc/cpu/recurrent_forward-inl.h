@@ -122,18 +122,26 @@ class Forward {
                                         bias + panel * L::kWidth, out, L::kWidth, panel_stride);
     }
     const S *w = (const S*)(kInput ? p.w_ih : p.w_hh), *bias = (const S*)(kInput ? p.b_ih : p.b_hh);
+    UnitVector<T> vectors[2 * L::kTile];
+    int found = 0;
     for (int i = 0; i < n; ++i) {
       // Units beyond H must be finite, as packed panels leave them.
       if (layout.units(panel + i) < L::kUnits) std::memset(out + i * panel_stride, 0, count * L::kWidth * sizeof(T));
-      for (int term = 0; term < Cell::kTerms; ++term)
-        for (int64_t lane = 0; lane < layout.units(panel + i); lane += L::kLanes) {
-          const int gate = kInput ? Cell::input_gate(term) : Cell::recurrent_gate(term);
-          const int64_t row = gate * layout.H + (panel + i) * L::kUnits + lane;
-          dot_rows(rows, count, depth, w + row * depth, bias ? bias + row : nullptr,
-                   min(L::kLanes, layout.units(panel + i) - lane), out + i * panel_stride + term * L::kUnits + lane,
-                   L::kWidth);
+      for (int term = 0; term < Cell::kTerms; ++term) {
+        const int64_t first = (kInput ? Cell::input_gate(term) : Cell::recurrent_gate(term)) * layout.H;
+        const int64_t row = first + (panel + i) * L::kUnits, units = layout.units(panel + i);
+        T* to = out + i * panel_stride + term * L::kUnits;
+        for (int64_t lane = 0; lane < units; lane += L::kLanes) {
+          const UnitVector<T> vector{row + lane, min(L::kLanes, units - lane), to + lane};
+          if (p.in_order)
+            vectors[found++] = vector;
+          else
+            dot_rows(rows, count, depth, w + vector.first * depth, bias ? bias + vector.first : nullptr, vector.units,
+                     vector.out, L::kWidth);
         }
+      }
     }
+    if (p.in_order) transposed_row(rows[0], depth, w, bias, vectors, found);
   }
 
   // The input terms of a chunk: (panels, chunk rows, kWidth), each panel of a slice in its own place.

@@ -189,6 +189,24 @@ FASTSEQ_INLINE Vec<Compute<S>> load_first(const S* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) lane[i] = p[i];
   return load(lane);
 }
+
+// Half a vector from each of two places.
+template <class T>
+FASTSEQ_INLINE Vec<T> load_halves(const T* low, const T* high) {
+#if defined(__AVX512F__)
+  const __m512d v = _mm512_castpd256_pd512(_mm256_loadu_pd((const double*)low));
+  return (typename Vec<T>::Raw)_mm512_insertf64x4(v, _mm256_loadu_pd((const double*)high), 1);
+#elif defined(__AVX2__)
+  const __m256d v = _mm256_castpd128_pd256(_mm_loadu_pd((const double*)low));
+  return (typename Vec<T>::Raw)_mm256_insertf128_pd(v, _mm_loadu_pd((const double*)high), 1);
+#else
+  T lane[kLanes<T>];
+  std::memcpy(lane, low, sizeof lane / 2);
+  std::memcpy(lane + kLanes<T> / 2, high, sizeof lane / 2);
+  return load(lane);
+#endif
+}
+
 template <class S>
 FASTSEQ_INLINE void store_first(S* p, Vec<Compute<S>> v, int64_t n) {
   constexpr int lanes = kLanes<Compute<S>>;
@@ -363,6 +381,14 @@ FASTSEQ_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   if constexpr (kLanes<T> > 2) detail::exchange_rows<2>(rows);
   if constexpr (kLanes<T> > 4) detail::exchange_rows<4>(rows);
   if constexpr (kLanes<T> > 8) detail::exchange_rows<8>(rows);
+}
+
+// The same of rows of half the length, two in a vector: rows[i] is row i and row kLanes / 2 + i, and becomes column i.
+template <class T>
+FASTSEQ_INLINE void transpose_halves(Vec<T> (&rows)[kLanes<T> / 2]) {
+  if constexpr (kLanes<T> > 2) detail::exchange_rows<1>(rows);
+  if constexpr (kLanes<T> > 4) detail::exchange_rows<2>(rows);
+  if constexpr (kLanes<T> > 8) detail::exchange_rows<4>(rows);
 }
 
 // sums[i] = the sum of the lanes of rows[i]; kRows is a power of two. The order of a sum is the same for any kRows.

@@ -101,6 +101,9 @@ class SequenceModule(DropIn, PacksWeights):
             if not beyond_torch and route is Route.TORCH:
                 return self._torch_class.forward(self, input, hx)
         keeps_panels = route is Route.KERNELS and "recurrent" in backend.PACKS and not needs_grad(*tensors)
+        if keeps_panels and data.numel() == self.input_size:
+            # A single row reads the weights in place: to see whether packed ones still hold takes as long.
+            keeps_panels = self._packed_weights().frozen
         run = _Run(weights, route, backend, keeps_panels, return_states)
         if packed:
             return self._forward_packed(cell, input, states, run)
@@ -416,8 +419,10 @@ class PairedStates:
     def _states(self, hx: Any) -> States | None:
         if hx is None:
             return None, None
-        pair = isinstance(hx, tuple | list) and len(hx) == 2 and all(isinstance(s, Tensor) for s in hx)
-        return tuple(hx) if pair else None
+        if not isinstance(hx, tuple | list) or len(hx) != 2:
+            return None
+        h, c = hx
+        return (h, c) if isinstance(h, Tensor) and isinstance(c, Tensor) else None
 
     def _hx(self, states: States) -> Any:
         return states

@@ -42,8 +42,9 @@ def run_layer(
         route, backend: what `routing.route` answered for these tensors.
         panels: packed weights per direction; only where nothing needs a gradient.
     """
-    if route is Route.KERNELS and _kernels_read(x, call.rows, call.reset):
-        flat = sum(weights, ())
+    plain = call.rows is None and call.reset is None
+    if route is Route.KERNELS and (plain or _kernels_read(x, call.rows, call.reset)):
+        flat = weights[0] if len(weights) == 1 else sum(weights, ())
         try:
             if panels is None and needs_grad(x, h_0, c_0, *flat):
                 return Results(*_apply_layer(call, backend, x, h_0, c_0, *flat))

@@ -39,16 +39,16 @@ def forward(
     x, h_0, c_0 = unit_strides(x, h_0, c_0)
     weights = all_contiguous(weights)
     h_n, c_n, c_all, saved = [], [], [], []
-    h_d, c_d = h_0, c_0
+    h_d, c_d, w_d, y_d = h_0, c_0, weights, out
     for d in range(directions):
         if directions > 1:
-            h_d, c_d = _state(h_0, d), _state(c_0, d)
+            h_d, c_d, w_d, y_d = _state(h_0, d), _state(c_0, d), weights[4 * d : 4 * d + 4], _part(out, d, directions)
         y_d, h, c, c_steps, kept = backend.recurrent_forward(
             cell.name,
             x,
             h_d,
             c_d,
-            weights[4 * d : 4 * d + 4],
+            w_d,
             panels=None if panels is None else panels[d],
             batch_sizes=batch_sizes,
             order=order,
@@ -56,7 +56,7 @@ def forward(
             reverse=reverse[d],
             reset=reset,
             save=save,
-            y=out if directions == 1 else _part(out, d, directions),
+            y=y_d,
             return_c=want_c,
             float_state=float_state,
             leading=True,
