@@ -42,12 +42,12 @@ cdef object tensor_type = None
 cdef object parameter_type = None
 cdef object is_negated = None
 cdef object count_threads = None
-cdef object new_tensor = None
+cdef dict new_tensor = None
 
 
-def attach(refused, tensor, parameter, is_neg, get_num_threads, empty, capsule):
+def attach(refused, tensor, parameter, is_neg, get_num_threads, dict empty, capsule):
     """Hands over the exception of arguments that are not served, and torch: its two types, Tensor.is_neg,
-    get_num_threads, empty(shape, dtype name), and the capsule Tensor.__dlpack_c_exchange_api__.
+    get_num_threads, by the name of a dtype what makes a tensor of a shape, and the capsule Tensor.__dlpack_c_exchange_api__.
 
     Without the last, or where its version is not ours, tensors are read through their Python attributes.
     Returns whether it is used.
@@ -287,7 +287,7 @@ cdef int read_state(State* out, tensor, str name, const Problem* problem) except
 # An ordinary tensor.
 cdef object empty(void** data, int dtype, tuple shape):
     cdef View view
-    tensor = new_tensor(shape, DTYPES[dtype])
+    tensor = new_tensor[DTYPES[dtype]](*shape)  # a tuple takes half as long again
     read(tensor, "output", &view)
     data[0] = view.data
     return tensor

@@ -19,8 +19,8 @@ from torch import nn
 
 from fastseq.nn.gru import GRUSequences
 from fastseq.nn.lstm import LSTMSequences
-from fastseq.nn.recurrent import SequenceModule
 from fastseq.nn.rnn import RNNSequences
+from fastseq.nn.sequences import SequenceModule
 from fastseq.ops.routing import inlined
 
 __all__ = ["GRU", "LSTM", "RNN"]

@@ -254,7 +254,7 @@ class OnlyRecurrent:
     __name__ = "some.backend"
 
     def __init__(self, native):
-        self.recurrent_forward = native.recurrent_forward
+        self.SERVES = {"recurrent": native.SERVES["recurrent"]}
 
     def isas(self):
         return ("cuda",)

@@ -63,10 +63,10 @@ def test_fused_models_are_compiled_as_torchs_are(model, cls, training):
 
 def test_a_forward_of_torchs_own_takes_the_kernels_inside(monkeypatch):
     calls = []
-    from fastseq.nn import recurrent
+    from fastseq.nn import sequences
 
-    run_layer = recurrent.run_layer
-    monkeypatch.setattr(recurrent, "run_layer", lambda *a, **k: (calls.append(a), run_layer(*a, **k))[1])
+    run_layer = sequences.run_layer
+    monkeypatch.setattr(sequences, "run_layer", lambda *a, **k: (calls.append(a), run_layer(*a, **k))[1])
     model = fastseq.fuse(Padded(nn.GRU))
     torch._dynamo.reset()
     torch.compile(model, backend="eager")(torch.randn(5, 3, 4))

@@ -43,22 +43,21 @@ CASES = list(itertools.product(CELLS, (True, False), (1, 2), NEEDS, OPTIONS, (Fa
 @pytest.mark.parametrize(("cell", "bias", "directions", "needs", "options", "states"), CASES if LONG else CASES[5::61])
 def test_opaque_op(cell, bias, directions, needs, options, states):
     """torch's own checks of a custom op: its schema, fake results, autograd, dynamic shapes."""
-    rows = CELLS[cell].gates * H
-    x, h_0 = random(T, B, I), random(directions, B, H) if states else None
-    c_0 = random(directions, B, H) if states and CELLS[cell].has_c else None
+    spec, x = CELLS[cell], random(T, B, I)
+    rows = len(spec.gates) * H
+    initial = [random(directions, B, H) for _ in ("h", *spec.states)] if states else []
     shapes = [(rows, I), (rows, H), (rows,), (rows,)][: 4 if bias else 2] * directions
     weights = [random(*shape) for shape in shapes]
     needed = {
-        "everything": (x, h_0, c_0, *weights), "input": (x,), "state": (h_0,), "weights": weights,
+        "everything": (x, *initial, *weights), "input": (x,), "state": initial[:1], "weights": weights,
         "one weight": weights[-1:], "nothing": (),
     }  # fmt: skip
     for tensor in needed[needs]:
-        if tensor is not None:
-            tensor.requires_grad_()
+        tensor.requires_grad_()
     lengths = torch.tensor([0, 0] if options == "no step" else [1, 3]) if options not in ("plain", "reset") else None
     reset = torch.rand(T, B) < 0.5 if "reset" in options else None
     reverse = [False, True][:directions]
-    arguments = (x, h_0, c_0, weights, lengths, reset, cell, reverse, CELLS[cell].has_c, False)
+    arguments = (x, initial, weights, lengths, reset, cell, reverse, bool(spec.states), False)
     torch.library.opcheck(graph.recurrent_layer, arguments)
 
 
@@ -88,9 +87,9 @@ def cell(make):
 
 
 def function(name):
-    rows, (h, c) = CELLS[name].gates * H, random(2, B, H)
+    rows, (h, c) = len(CELLS[name].gates) * H, random(2, B, H)
     weights = random(rows, I), random(rows, H), random(rows), random(rows)
-    hx = (h, c) if name == "lstm" else h
+    hx = (h, c) if CELLS[name].states else h
     return lambda x: getattr(fastseq, name)(x, hx, *weights)[0], random(T, B, I)
 
 

@@ -85,10 +85,9 @@ def test_a_layer_in_two_directions(cell, rows):
     x = torch.randn(12, 3, dtype=torch.float64) if rows == "packed" else torch.randn(5, 5, 3, dtype=torch.float64)
     rows = packed_rows(torch.tensor([5, 3, 2, 1, 1])) if rows == "packed" else None
     rows = padded_rows(lengths, 5, 5, x.device) if lengths is not None else rows
-    layer = Layer(CELL_SPECS[cell], (False, True), rows, want_c=cell == "lstm")
-    states = [torch.randn(2, 5, 7, dtype=torch.float64) for _ in range(1 + (cell == "lstm"))] + [None] * (
-        cell != "lstm"
-    )
+    spec = CELL_SPECS[cell]
+    layer = Layer(spec, (False, True), rows, every_state=bool(spec.states))
+    states = [torch.randn(2, 5, 7, dtype=torch.float64) for _ in ("h", *spec.states)]
     gates = 7 * CELLS[cell]
     weights = [
         torch.randn(size, dtype=torch.float64) for _ in range(2) for size in ((gates, 3), (gates, 7), gates, gates)
@@ -96,7 +95,7 @@ def test_a_layer_in_two_directions(cell, rows):
     tensors = [None if a is None else a.requires_grad_() for a in (x, *states, *weights)]
     results = []
     for backend in (cuda, backends.select("recurrent")):
-        outputs = [a for a in RecurrentFunction.apply(layer, backend, *tensors) if a is not None]
+        outputs = RecurrentFunction.apply(layer, backend, *tensors)
         ones = [torch.ones_like(a) for a in outputs]
         gradients = torch.autograd.grad(outputs, [a for a in tensors if a is not None], ones)
         results.append({str(n): a.detach().numpy() for n, a in enumerate((*outputs, *gradients))})
@@ -106,12 +105,12 @@ def test_a_layer_in_two_directions(cell, rows):
 @pytest.mark.parametrize("cell", ["rnn_relu", "lstm", "gru"])
 def test_a_step(cell):
     inputs = make_inputs(cell, Case(1, 17, 9, 33), torch.float64)
-    tensors = [
-        None if a is None else a.requires_grad_() for a in (inputs.x[0], inputs.h_0, inputs.c_0, *inputs.weights)
-    ]
+    spec = CELL_SPECS[cell]
+    states = (inputs.h_0, inputs.c_0)[: 1 + len(spec.states)]
+    tensors = [a.requires_grad_() for a in (inputs.x[0], *states, *inputs.weights)]
     results = []
     for backend in (cuda, backends.select("recurrent")):
-        outputs = [a for a in StepFunction.apply(CELL_SPECS[cell], backend, *tensors) if a is not None]
+        outputs = StepFunction.apply(spec, backend, *tensors)
         gradients = torch.autograd.grad(outputs, [a for a in tensors if a is not None], [a.cos() for a in outputs])
         results.append({str(n): a.detach().numpy() for n, a in enumerate((*outputs, *gradients))})
     assert_close(*results)

@@ -205,10 +205,10 @@ def test_functions_are_public(cell):
         pytest.skip("they call the kernels")
     x, h_0, c_0, *weights = inputs(cell, (5, 7, 3, 4))
     spec = ops.CELLS[cell]
-    states = [None if s is None else s[None] for s in (h_0, c_0)]
-    y, h_n, *_ = ops.RecurrentFunction.apply(ops.Layer(spec), backend, x, *states, *weights)
+    states = (h_0, c_0)[: 1 + len(spec.states)]
+    y, h_n, *_ = ops.RecurrentFunction.apply(ops.Layer(spec), backend, x, *(s[None] for s in states), *weights)
     assert_close([y, h_n[0]], call(cell, x, h_0, c_0, *weights)[:2])
-    step = ops.StepFunction.apply(spec, backend, x[0], h_0, c_0, *weights)
+    step = ops.StepFunction.apply(spec, backend, x[0], *states, *weights)
     assert_close(step[0], call_cell(cell, x[0], h_0, c_0, *weights)[0])
     leaves = [t for t in (x, h_0, c_0, *weights) if t is not None]
     assert_close(gradients([y], leaves), gradients(call(cell, x, h_0, c_0, *weights)[:1], leaves))

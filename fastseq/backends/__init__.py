@@ -11,8 +11,9 @@ from functools import cache
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
-__all__ = ["BACKENDS", "select", "use_backend"]
+__all__ = ["BACKENDS", "select", "select_for", "use_backend"]
 
 BACKENDS = ("native", "torch")
 
@@ -57,12 +58,18 @@ def _load_cuda() -> ModuleType | None:
 
 
 @cache
-def _backends(choice: str, device: str) -> tuple[ModuleType, ...]:
-    """Those that may serve tensors of a device, best first."""
-    if choice == "native" and device in ("cpu", "cuda"):
-        backend = _native if device == "cpu" else _load_cuda()
-        return () if backend is None else (backend,)
-    return ()
+def _backend(device: str) -> ModuleType | None:
+    """The kernels for tensors of a device."""
+    return _native if device == "cpu" else _load_cuda() if device == "cuda" else None
+
+
+@cache
+def _select(choice: str, op: str, device: str, dtype: torch.dtype | None) -> ModuleType | None:
+    backend = _backend(device) if choice == "native" else None
+    if backend is None:
+        return None
+    dtypes = backend.SERVES.get(op, ())
+    return backend if dtypes and (dtype is None or dtype in dtypes) else None
 
 
 def select(op: str, device: str = "cpu", dtype: torch.dtype | None = None) -> ModuleType | None:
@@ -73,11 +80,12 @@ def select(op: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Mo
         device: the type of the device that the tensors are on.
         dtype: of the tensors; None: any that the backend serves.
     """
-    for backend in _backends(_choice.get(), device):
-        dtypes = backend.SERVES.get(op)
-        if dtypes is not None and (dtype is None or dtype in dtypes):
-            return backend
-    return None
+    return _select(_choice.get(), op, device, dtype)
+
+
+def select_for(op: str, tensor: Tensor) -> ModuleType | None:
+    """`select` for the device and the dtype of a tensor: one call, as a step of a cell takes no longer than twenty."""
+    return _select(_choice.get(), op, "cpu" if tensor.is_cpu else tensor.device.type, tensor.dtype)
 
 
 @contextmanager

@@ -11,8 +11,9 @@ the caller to say. `Refused` for anything else.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,23 +58,19 @@ PACKS = frozenset(("recurrent", "linear"))
 CELLS = {facts.name: facts for facts in map(CellFacts._make, _native.cells())}
 
 
-# On the CPU whatever the default device is. new_empty takes 1.2 us, torch.empty with a dtype and a device 2.4, and a
-# backward pass makes up to seven tensors.
-_new_empty = {
+# By the name of a dtype, what makes a tensor of a shape, on the CPU whatever the default device is. new_empty takes
+# 1.2 us, torch.empty with a dtype and a device 2.4, and a backward pass makes up to seven tensors.
+_EMPTY = {
     dtype: torch.empty(0, dtype=getattr(torch, dtype), device="cpu").new_empty
     for dtype in ("float32", "float64", "bfloat16", "uint8")
 }
 
 
-def _empty(shape: tuple[int, ...], dtype: str) -> Tensor:
-    return _new_empty[dtype](*shape)
-
-
-def attach(*, empty: Callable[[tuple[int, ...], str], Tensor] = _empty, exchange: bool = True) -> bool:
+def attach(*, empty: Mapping[str, Callable[..., Tensor]] = _EMPTY, exchange: bool = True) -> bool:
     """Hands `Refused` and torch's types and functions to the extension; done at import.
 
     Tests do it again: with `exchange=False` to read tensors as on a torch without the DLPack exchange table, or with
-    an `empty(shape, dtype name)` that poisons what it returns. Returns whether the table is in use.
+    an `empty` that poisons what it makes. Returns whether the table is in use.
     """
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None) if exchange else None
     return _native.attach(Refused, Tensor, torch.nn.Parameter, Tensor.is_neg, torch.get_num_threads, empty, capsule)
@@ -104,14 +101,15 @@ def use_isa(name: str) -> Iterator[None]:
 
 @contextmanager
 def filled_with_nan() -> Iterator[None]:
-    """Runs the block with new memory that holds NaN: in every dtype that is all bits set."""
+    """Runs the block with new memory that holds NaN: in every dtype that is all bits set. Without the exchange table,
+    which allocates the results of steps by itself."""
 
-    def empty(shape: tuple[int, ...], dtype: str) -> Tensor:
-        tensor = _empty(shape, dtype)
+    def filled(new_empty: Callable[..., Tensor], *shape: int) -> Tensor:
+        tensor = new_empty(*shape)
         tensor.view(torch.uint8).fill_(255)
         return tensor
 
-    attach(empty=empty)
+    attach(exchange=False, empty={dtype: partial(filled, new_empty) for dtype, new_empty in _EMPTY.items()})
     try:
         yield
     finally:

@@ -7,10 +7,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from fastseq.nn.recurrent import CellModule, SequenceModule
+from fastseq.nn.cell import CellModule
+from fastseq.nn.sequences import SequenceModule
 from fastseq.ops.cells.gru import GRU as GRU_CELL
 from fastseq.ops.recurrent import checks
-from fastseq.ops.recurrent.spec import Cell
 
 
 class GRUSequences(SequenceModule):
@@ -18,9 +18,7 @@ class GRUSequences(SequenceModule):
 
     _torch_class = nn.GRU
 
-    @property
-    def _cell(self) -> Cell:
-        return GRU_CELL
+    _cell = GRU_CELL
 
 
 class GRU(GRUSequences, nn.RNNBase):
@@ -114,5 +112,5 @@ class GRUCell(CellModule, nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: see the class."""
-        result = self._step(GRU_CELL, input, hx, None)
-        return self._step_of_torch(GRU_CELL, input, hx, hx, None) if result is None else result[0]
+        result = self._step(GRU_CELL, input, hx)
+        return self._step_of_torch(GRU_CELL, input, hx, hx) if result is None else result[0]

@@ -7,20 +7,18 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from fastseq.nn.recurrent import CellModule, PairedStates, SequenceModule
+from fastseq.nn.cell import CellModule
+from fastseq.nn.sequences import SequenceModule
 from fastseq.ops.cells.lstm import LSTM as LSTM_CELL
 from fastseq.ops.recurrent import checks
-from fastseq.ops.recurrent.spec import Cell
 
 
-class LSTMSequences(PairedStates, SequenceModule):
+class LSTMSequences(SequenceModule):
     """The LSTM's forward and step, for `fastseq.LSTM` and `fastseq.compat.LSTM`."""
 
     _torch_class = nn.LSTM
 
-    @property
-    def _cell(self) -> Cell:
-        return LSTM_CELL
+    _cell = LSTM_CELL
 
 
 class LSTM(LSTMSequences, nn.RNNBase):
@@ -125,7 +123,7 @@ class LSTMCell(CellModule, nn.LSTMCell):
             result = self._step(LSTM_CELL, input, None, None)
         elif isinstance(hx, tuple | list):
             if len(hx) != 2:
-                checks.check_state_pair("lstm_cell", hx)
+                checks.check_hx(LSTM_CELL, hx, "lstm_cell")
             h, c = hx
             result = None if h is None or c is None else self._step(LSTM_CELL, input, h, c)
         return self._step_of_torch(LSTM_CELL, input, hx, h, c) if result is None else result

@@ -7,7 +7,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from fastseq.nn.recurrent import CellModule, SequenceModule
+from fastseq.nn.cell import CellModule
+from fastseq.nn.sequences import SequenceModule
 from fastseq.ops.cells.rnn import RELU, TANH, rnn_of
 from fastseq.ops.recurrent import checks
 from fastseq.ops.recurrent.spec import Cell
@@ -121,5 +122,5 @@ class RNNCell(CellModule, nn.RNNCell):
         if self.nonlinearity != "tanh" and self.nonlinearity != "relu":
             return self._torchs(input, hx)  # which says so
         cell = TANH if self.nonlinearity == "tanh" else RELU
-        result = self._step(cell, input, hx, None)
-        return self._step_of_torch(cell, input, hx, hx, None) if result is None else result[0]
+        result = self._step(cell, input, hx)
+        return self._step_of_torch(cell, input, hx, hx) if result is None else result[0]

@@ -47,12 +47,19 @@ def c_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
     """`ctx.save_for_backward` of those that are there: tools that read `grad_fn.saved_tensors` expect no None."""
-    ctx.given = [t is not None for t in tensors]
-    ctx.save_for_backward(*[t for t in tensors if t is not None])
+    for t in tensors:
+        if t is None:
+            ctx.given = [t is not None for t in tensors]
+            ctx.save_for_backward(*[t for t in tensors if t is not None])
+            return
+    ctx.given = None
+    ctx.save_for_backward(*tensors)
 
 
-def saved(ctx: Any) -> list[Tensor | None]:
+def saved(ctx: Any) -> Sequence[Tensor | None]:
     """What was given to `save`."""
+    if ctx.given is None:
+        return ctx.saved_tensors
     found = iter(ctx.saved_tensors)
     return [next(found) if given else None for given in ctx.given]
 

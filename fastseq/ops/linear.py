@@ -12,8 +12,8 @@ from torch import Tensor
 from fastseq.backends.contract import Refused
 from fastseq.ops import routing
 from fastseq.ops.autograd import c_apply, composite_backward, needs_grad
+from fastseq.ops.memory import contiguous, unit_stride
 from fastseq.ops.recurrent.checks import check_devices, check_tensor
-from fastseq.ops.recurrent.kernels import contiguous, unit_stride
 
 # torch's time over ours on Zen 3 (AVX2), with the check of the packed weights, for K = 512, N = 512 and 1536, M rows.
 # float32: with one thread 1.1 to 1.5 for M of 4 to 32 and 0.97 to 1.02 above, where both are near the peak; with four

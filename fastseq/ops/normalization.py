@@ -13,8 +13,8 @@ from torch.nn.functional import layer_norm as torchs_layer_norm  # now: the name
 from fastseq.backends.contract import Refused
 from fastseq.ops import routing
 from fastseq.ops.autograd import c_apply, composite_backward, needs_grad, save, saved
+from fastseq.ops.memory import contiguous, unit_stride
 from fastseq.ops.recurrent.checks import check_tensor
-from fastseq.ops.recurrent.kernels import contiguous, unit_stride
 from fastseq.ops.routing import Route
 
 # From how many elements on the kernels are faster than torch's op, measured with 1 and with 4 threads on Zen 3: below,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
@@ -93,12 +94,13 @@ tracing = _guard("_get_tracing_state")
 any_autocast = _guard("_is_any_autocast_enabled")
 # A flag of the module up to torch 2.13, one of each thread behind a function since.
 fx_tracing = getattr(
-    _symbolic_trace, "_get_is_fx_tracing", lambda: getattr(_symbolic_trace, "_is_fx_tracing_flag", True)
+    _symbolic_trace, "_get_is_fx_tracing", partial(getattr, _symbolic_trace, "_is_fx_tracing_flag", True)
 )
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _proxy_mode = torch._C._get_dispatch_mode
 _has_storage = getattr(torch._C, "_has_storage", lambda _: False)
-_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
+# (True) is not None under `torch.autograd.graph.saved_tensors_hooks`, which checkpointing and offloading use.
+saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
 
 _frames = torch._C._dynamo.eval_frame
@@ -116,11 +118,6 @@ def inlined(function: Function) -> Function:
         skip = _frames._FrameAction.SKIP
         _frames.set_code_exec_strategy(function.__code__, _frames._FrameExecStrategy(skip, skip))
     return function
-
-
-def saving_hooks() -> bool:
-    """True under `torch.autograd.graph.saved_tensors_hooks`, which checkpointing and offloading use."""
-    return _saving_hooks(True) is not None
 
 
 def foreign_function_modes() -> bool:
@@ -222,11 +219,6 @@ def kernels_differentiate(grads: Iterable[Tensor | None]) -> bool:
     return True
 
 
-def backend_of(op: str, tensor: Tensor) -> ModuleType | None:
-    """The backend with kernels of an op for the device and dtype of a tensor, None where there is none."""
-    return backends.select(op, "cpu" if tensor.is_cpu else tensor.device.type, tensor.dtype)
-
-
 def kernels_selected(op: str, device: str = "cpu", dtype: torch.dtype | None = None) -> bool:
     """True where a backend is at hand. torch.compile takes the answer for a constant of the graph."""
     return backends.select(op, device, dtype) is not None
@@ -249,7 +241,7 @@ def route(
     if observed():
         return _observed_route(op, [t for t in (*tensors, *states) if t is not None]), None
     first = tensors[0]
-    backend, dtype = backend_of(op, first), first.dtype
+    backend, dtype = backends.select_for(op, first), first.dtype
     if backend is None or not all_plain(tensors, dtype, first):
         return Route.TORCH, None
     for state in states:

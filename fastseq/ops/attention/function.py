@@ -13,7 +13,7 @@ from fastseq.ops import routing
 from fastseq.ops.attention import formula
 from fastseq.ops.attention.spec import Attention
 from fastseq.ops.autograd import c_apply, composite_backward, needs_grad, save, saved
-from fastseq.ops.recurrent.kernels import unit_stride
+from fastseq.ops.memory import unit_stride
 
 _TENSORS = ("lengths_q", "lengths_k", "starts_q", "starts_k", "alibi_slopes")  # of an `Attention`
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastseq import backends
 from fastseq.backends.contract import Refused
 from fastseq.ops import routing
 from fastseq.ops.attention.function import apply_plain, attend
@@ -195,7 +196,7 @@ def _plain(
         return None
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         return None
-    backend = routing.backend_of("attention", query)
+    backend = backends.select_for("attention", query)
     if backend is None or query.is_nested or key.is_nested:
         return None
     shape, key_shape = query.shape, key.shape

@@ -4,29 +4,34 @@ z, n."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import _VF, Tensor
 
-from fastseq.ops.recurrent import checks
 from fastseq.ops.recurrent.function import run_cell, run_sequence
-from fastseq.ops.recurrent.spec import Cell
+from fastseq.ops.recurrent.spec import Cell, Output, OutputAndStates
 
 
-def _gru(x: Tensor, h: Tensor, c: None, w_hh: Tensor, b_hh: Tensor | None) -> tuple[Tensor, None]:
-    x_r, x_z, x_n = x.chunk(3, -1)
-    h_r, h_z, h_n = F.linear(h, w_hh, b_hh).chunk(3, -1)
-    n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
-    return n + torch.sigmoid(x_z + h_z) * (h - n), None
+def _gru(x: Any, r: Any, h: Tensor) -> tuple[Tensor]:
+    n = torch.tanh(x.n + torch.sigmoid(x.r + r.r) * r.n)
+    return (n + torch.sigmoid(x.z + r.z) * (h - n),)
 
 
-GRU = Cell("gru", "GRU", 3, False, _VF.gru, _VF.gru_cell, _gru)
+GRU = Cell(
+    "gru",
+    "GRU",
+    gates=("r", "z", "n"),
+    formula=_gru,
+    sequence_op=_VF.gru,
+    step_op=_VF.gru_cell,
+    autocasts_to_weights=True,
+)
 
 
 def gru(
     input: Tensor,
-    h_0: Tensor | None,
+    hx: Tensor | None,
     w_ih: Tensor,
     w_hh: Tensor,
     b_ih: Tensor | None = None,
@@ -36,22 +41,22 @@ def gru(
     reset: Tensor | None = None,
     reverse: bool = False,
     return_states: bool = False,
-) -> tuple[Tensor, ...]:
+) -> Output | OutputAndStates:
     """A GRU over a sequence: one layer, one direction. The reset gate acts after the matrix product, as in torch.
 
     Args:
         input: (T, B, I), T >= 1.
-        h_0: (B, H), or None for zeros. With bfloat16 input it may be float32; then h_n is too.
+        hx: h_0 (B, H), or None for zeros. With bfloat16 input it may be float32; then h_n is too.
         w_ih, w_hh: (3*H, I), (3*H, H), rows in the order r, z, n.
         b_ih, b_hh: (3*H), both or neither.
         lengths: B integers in [0, T], in any order, as a list or a tensor on any device. The output is 0 from there on;
             h_n is the state at the last step of each sequence (h_0 for a length of 0).
         reset: (T, B) bool. True marks the first step of a segment: the state is zero before it, and no gradient passes.
         reverse: from the last step to the first, cut by `reset` at the same places.
-        return_states: add a third result, all h as (T, B, H).
+        return_states: add `states`, all h as (T, B, H).
 
     Returns:
-        output (T, B, H) and h_n (B, H).
+        The named tuple (output, hx): output (T, B, H), hx = h_n (B, H).
 
     Float32, float64 and bfloat16 on the CPU run in kernels, everything else in torch ops. All tensors share one dtype
     and device.
@@ -72,18 +77,16 @@ def gru(
         >>> output.shape, h_n.shape
         (torch.Size([7, 2, 4]), torch.Size([2, 4]))
     """
-    y, h_n, _, _ = run_sequence(
+    return run_sequence(
         GRU,
         input,
-        h_0,
-        None,
+        hx,
         (w_ih, w_hh, b_ih, b_hh),
         lengths=lengths,
         reset=reset,
         reverse=reverse,
         return_states=return_states,
     )
-    return (y, h_n, y.clone()) if return_states else (y, h_n)
 
 
 def gru_cell(
@@ -116,6 +119,4 @@ def gru_cell(
         >>> fastseq.gru_cell(torch.randn(2, 3), torch.zeros(2, 4), torch.randn(12, 3), torch.randn(12, 4)).shape
         torch.Size([2, 4])
     """
-    weights = (w_ih, w_hh, b_ih, b_hh)
-    checks.check_step(input, hx, weights)
-    return run_cell(GRU, input, hx, None, weights)[0]
+    return run_cell(GRU, input, hx, (w_ih, w_hh, b_ih, b_hh))[0]

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import _VF, Tensor
 
-from fastseq.ops.recurrent import checks
 from fastseq.ops.recurrent.function import run_cell, run_sequence
-from fastseq.ops.recurrent.spec import Cell
+from fastseq.ops.recurrent.spec import Cell, Output, OutputAndStates
 
 
-def _lstm(x: Tensor, h: Tensor, c: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> tuple[Tensor, Tensor]:
-    i, f, g, o = (x + F.linear(h, w_hh, b_hh)).chunk(4, -1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
+def _lstm(x: Any, r: Any, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    c = torch.sigmoid(x.f + r.f) * c + torch.sigmoid(x.i + r.i) * torch.tanh(x.g + r.g)
+    return torch.sigmoid(x.o + r.o) * torch.tanh(c), c
 
 
-LSTM = Cell("lstm", "LSTM", 4, True, _VF.lstm, _VF.lstm_cell, _lstm)
+LSTM = Cell(
+    "lstm",
+    "LSTM",
+    gates=("i", "f", "g", "o"),
+    states=("c",),
+    formula=_lstm,
+    sequence_op=_VF.lstm,
+    step_op=_VF.lstm_cell,
+)
 
 
 def lstm(
@@ -34,7 +40,7 @@ def lstm(
     reset: Tensor | None = None,
     reverse: bool = False,
     return_states: bool = False,
-) -> tuple:
+) -> Output | OutputAndStates:
     """An LSTM over a sequence: one layer, one direction.
 
     Args:
@@ -48,10 +54,10 @@ def lstm(
         reset: (T, B) bool. True marks the first step of a segment: both states are zero before it, and no gradient
             passes.
         reverse: from the last step to the first, cut by `reset` at the same places.
-        return_states: add a third result, all h and all c, each (T, B, H).
+        return_states: add `states`, all h and all c, each (T, B, H).
 
     Returns:
-        output (T, B, H) and (h_n, c_n), each (B, H).
+        The named tuple (output, hx): output (T, B, H), hx = (h_n, c_n), each (B, H).
 
     Float32, float64 and bfloat16 on the CPU run in kernels, everything else in torch ops. All tensors share one dtype
     and device.
@@ -72,19 +78,16 @@ def lstm(
         >>> output.shape, c_n.shape, c.shape
         (torch.Size([7, 2, 4]), torch.Size([2, 4]), torch.Size([7, 2, 4]))
     """
-    h_0, c_0 = (None, None) if hx is None else checks.check_state_pair("lstm", hx)
-    y, h_n, c_n, c_all = run_sequence(
+    return run_sequence(
         LSTM,
         input,
-        h_0,
-        c_0,
+        hx,
         (w_ih, w_hh, b_ih, b_hh),
         lengths=lengths,
         reset=reset,
         reverse=reverse,
         return_states=return_states,
     )
-    return (y, (h_n, c_n), (y.clone(), c_all)) if return_states else (y, (h_n, c_n))
 
 
 def lstm_cell(
@@ -120,7 +123,4 @@ def lstm_cell(
         >>> h.shape, c.shape
         (torch.Size([2, 4]), torch.Size([2, 4]))
     """
-    weights = (w_ih, w_hh, b_ih, b_hh)
-    h, c = checks.check_state_pair("lstm_cell", hx)
-    checks.check_step(input, h, weights)
-    return run_cell(LSTM, input, h, c, weights)
+    return run_cell(LSTM, input, hx, (w_ih, w_hh, b_ih, b_hh))

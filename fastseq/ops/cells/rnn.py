@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import _VF, Tensor
 
-from fastseq.ops.recurrent import checks
 from fastseq.ops.recurrent.function import run_cell, run_sequence
-from fastseq.ops.recurrent.spec import Cell
+from fastseq.ops.recurrent.spec import Cell, Output, OutputAndStates
 
 
-def _tanh(x: Tensor, h: Tensor, c: None, w_hh: Tensor, b_hh: Tensor | None) -> tuple[Tensor, None]:
-    return torch.tanh(x + F.linear(h, w_hh, b_hh)), None
+def _tanh(x: Any, r: Any, h: Tensor) -> tuple[Tensor]:
+    return (torch.tanh(x.a + r.a),)
 
 
-def _relu(x: Tensor, h: Tensor, c: None, w_hh: Tensor, b_hh: Tensor | None) -> tuple[Tensor, None]:
-    return torch.relu(x + F.linear(h, w_hh, b_hh)), None
+def _relu(x: Any, r: Any, h: Tensor) -> tuple[Tensor]:
+    return (torch.relu(x.a + r.a),)
 
 
-TANH = Cell("rnn_tanh", "RNN", 1, False, _VF.rnn_tanh, _VF.rnn_tanh_cell, _tanh)
-RELU = Cell("rnn_relu", "RNN", 1, False, _VF.rnn_relu, _VF.rnn_relu_cell, _relu)
+TANH = Cell("rnn_tanh", "RNN", gates=("a",), formula=_tanh, sequence_op=_VF.rnn_tanh, step_op=_VF.rnn_tanh_cell)
+RELU = Cell("rnn_relu", "RNN", gates=("a",), formula=_relu, sequence_op=_VF.rnn_relu, step_op=_VF.rnn_relu_cell)
 
 
 def rnn_of(nonlinearity: str) -> Cell:
@@ -34,7 +33,7 @@ def rnn_of(nonlinearity: str) -> Cell:
 
 def rnn(
     input: Tensor,
-    h_0: Tensor | None,
+    hx: Tensor | None,
     w_ih: Tensor,
     w_hh: Tensor,
     b_ih: Tensor | None = None,
@@ -45,12 +44,12 @@ def rnn(
     reset: Tensor | None = None,
     reverse: bool = False,
     return_states: bool = False,
-) -> tuple[Tensor, ...]:
+) -> Output | OutputAndStates:
     """A vanilla RNN over a sequence: one layer, one direction.
 
     Args:
         input: (T, B, I), T >= 1.
-        h_0: (B, H), or None for zeros. With bfloat16 input it may be float32; then h_n is too.
+        hx: h_0 (B, H), or None for zeros. With bfloat16 input it may be float32; then h_n is too.
         w_ih, w_hh: (H, I), (H, H).
         b_ih, b_hh: (H), both or neither.
         nonlinearity: "tanh" or "relu".
@@ -58,10 +57,10 @@ def rnn(
             h_n is the state at the last step of each sequence (h_0 for a length of 0).
         reset: (T, B) bool. True marks the first step of a segment: the state is zero before it, and no gradient passes.
         reverse: from the last step to the first, cut by `reset` at the same places.
-        return_states: add a third result, all h as (T, B, H).
+        return_states: add `states`, all h as (T, B, H).
 
     Returns:
-        output (T, B, H) and h_n (B, H).
+        The named tuple (output, hx): output (T, B, H), hx = h_n (B, H).
 
     Float32, float64 and bfloat16 on the CPU run in kernels, everything else in torch ops. All tensors share one dtype
     and device.
@@ -81,18 +80,16 @@ def rnn(
         >>> output.shape, h_n.shape
         (torch.Size([7, 2, 4]), torch.Size([2, 4]))
     """
-    y, h_n, _, _ = run_sequence(
+    return run_sequence(
         rnn_of(nonlinearity),
         input,
-        h_0,
-        None,
+        hx,
         (w_ih, w_hh, b_ih, b_hh),
         lengths=lengths,
         reset=reset,
         reverse=reverse,
         return_states=return_states,
     )
-    return (y, h_n, y.clone()) if return_states else (y, h_n)
 
 
 def rnn_cell(
@@ -129,6 +126,4 @@ def rnn_cell(
         >>> fastseq.rnn_cell(torch.randn(2, 3), torch.zeros(2, 4), torch.randn(4, 3), torch.randn(4, 4)).shape
         torch.Size([2, 4])
     """
-    weights = (w_ih, w_hh, b_ih, b_hh)
-    checks.check_step(input, hx, weights)
-    return run_cell(rnn_of(nonlinearity), input, hx, None, weights)[0]
+    return run_cell(rnn_of(nonlinearity), input, hx, (w_ih, w_hh, b_ih, b_hh))[0]

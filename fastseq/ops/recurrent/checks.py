@@ -15,7 +15,7 @@ from fastseq.ops.limits import readable, seen
 if TYPE_CHECKING:
     from torch.nn.utils.rnn import PackedSequence
 
-    from fastseq.ops.recurrent.spec import Cell, Direction
+    from fastseq.ops.recurrent.spec import Cell, Direction, States
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -106,23 +106,30 @@ def _values(tensor: Tensor) -> list[int] | None:
     return None if array is None else array.tolist()
 
 
-def check_state_pair(name: str, hx: object) -> tuple[Tensor, Tensor]:
-    """The (h, c) of an LSTM."""
+def check_hx(cell: Cell, hx: object, function: str, or_none: bool = False) -> States:
+    """The states in `hx`: h, or a tuple of h and the cell's others; None for zeros, where allowed."""
+    names = "h", *cell.states
+    if hx is None and or_none:
+        return (None,) * len(names)
+    if not cell.states:
+        check_tensor("hx", hx)
+        return (hx,)
+    wanted = f"({', '.join(names)})"
     if not isinstance(hx, tuple | list):
-        raise TypeError(f"{name}: hx must be a tuple of Tensors, (h, c), got {type(hx).__name__}")
-    if len(hx) != 2:
-        raise RuntimeError(f"{name} expects two hidden states, (h, c), got a sequence of {len(hx)}")
-    h, c = hx
-    check_tensor("h", h)
-    check_tensor("c", c)
-    return h, c
+        raise TypeError(f"{function}: hx must be a tuple of Tensors, {wanted}, got {type(hx).__name__}")
+    if len(hx) != len(names):
+        count = "two" if len(names) == 2 else len(names)
+        raise RuntimeError(f"{function} expects {count} hidden states, {wanted}, got a sequence of {len(hx)}")
+    for name, state in zip(names, hx, strict=True):
+        check_tensor(name, state)
+    return tuple(hx)
 
 
 def states_misfit(states: Sequence[Tensor | None], sizes: Sequence[tuple[int, ...]]) -> str | None:
     """What is wrong with the sizes of initial states, in torch's words."""
     for i, (state, size) in enumerate(zip(states, sizes, strict=True)):
         if state is not None and state.shape != size:
-            what = "Expected hidden size" if states[1] is None else f"Expected hidden[{i}] size"
+            what = "Expected hidden size" if len(states) == 1 else f"Expected hidden[{i}] size"
             return f"{what} {size}, got {list(state.shape)}"
     return None
 
@@ -177,10 +184,11 @@ def check_states(input: Tensor, states: Sequence[Tensor | None], or_float32: boo
             )
 
 
-def check_sequence(cell: Cell, input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Direction) -> None:
+def check_sequence(cell: Cell, input: Tensor, states: States, weights: Direction) -> None:
     """The arguments of fastseq.rnn, lstm and gru."""
-    name = cell.mode
-    tensors = dict(zip(("w_ih", "w_hh", "b_ih", "b_hh"), weights, strict=True), h_0=h_0, c_0=c_0)
+    name, count = cell.mode, len(cell.gates)
+    initial = dict(zip((f"{state}_0" for state in ("h", *cell.states)), states, strict=True))
+    tensors = {**dict(zip(("w_ih", "w_hh", "b_ih", "b_hh"), weights, strict=True)), **initial}
     check_tensor("input", input)
     for key, tensor in tensors.items():
         if tensor is not None or key.startswith("w"):
@@ -188,11 +196,11 @@ def check_sequence(cell: Cell, input: Tensor, h_0: Tensor | None, c_0: Tensor | 
     if input.dim() != 3:
         raise ValueError(f"{name}: Expected input to be 3D, (T, B, I), got {input.dim()}D instead")
     w_ih, w_hh, b_ih, b_hh = weights
-    if w_hh.dim() != 2 or w_hh.shape[0] != cell.gates * w_hh.shape[1]:
-        raise RuntimeError(f"w_hh must have shape ({cell.gates} * H, H), got {tuple(w_hh.shape)}")
+    if w_hh.dim() != 2 or w_hh.shape[0] != count * w_hh.shape[1]:
+        raise RuntimeError(f"w_hh must have shape ({count} * H, H), got {tuple(w_hh.shape)}")
     hidden = w_hh.shape[1]
-    if w_ih.dim() != 2 or w_ih.shape[0] != cell.gates * hidden:
-        raise RuntimeError(f"w_ih must have shape ({cell.gates * hidden}, I), got {tuple(w_ih.shape)}")
+    if w_ih.dim() != 2 or w_ih.shape[0] != count * hidden:
+        raise RuntimeError(f"w_ih must have shape ({count * hidden}, I), got {tuple(w_ih.shape)}")
     if input.shape[2] != w_ih.shape[1]:
         raise RuntimeError(
             f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[1]}, got {input.shape[2]}"
@@ -200,43 +208,44 @@ def check_sequence(cell: Cell, input: Tensor, h_0: Tensor | None, c_0: Tensor | 
     if (b_ih is None) is not (b_hh is None):
         raise ValueError(f"b_ih and b_hh must both be given or both be None, got {b_ih!r} and {b_hh!r}")
     for key in ("b_ih", "b_hh"):
-        if tensors[key] is not None and tensors[key].shape != (cell.gates * hidden,):
-            raise RuntimeError(f"{key} must have shape ({cell.gates * hidden},), got {tuple(tensors[key].shape)}")
-    for key in ("h_0", "c_0"):
-        if tensors[key] is not None and tensors[key].shape != (input.shape[1], hidden):
-            raise RuntimeError(
-                f"Expected hidden size {(input.shape[1], hidden)}, got {list(tensors[key].shape)} for {key}"
-            )
+        if tensors[key] is not None and tensors[key].shape != (count * hidden,):
+            raise RuntimeError(f"{key} must have shape ({count * hidden},), got {tuple(tensors[key].shape)}")
+    for key, state in initial.items():
+        if state is not None and state.shape != (input.shape[1], hidden):
+            raise RuntimeError(f"Expected hidden size {(input.shape[1], hidden)}, got {list(state.shape)} for {key}")
     for key, tensor in tensors.items():
         if tensor is None:
             continue
-        wide_state = key.endswith("_0") and (input.dtype, tensor.dtype) == (torch.bfloat16, torch.float32)
+        wide_state = key in initial and (input.dtype, tensor.dtype) == (torch.bfloat16, torch.float32)
         if tensor.dtype != input.dtype and not wide_state and not routing.any_autocast():
             raise ValueError(f"RNN input dtype ({input.dtype}) does not match {key} dtype ({tensor.dtype})")
         if tensor.device != input.device:
             raise RuntimeError(
-                f"Input and {'hidden' if key.endswith('_0') else 'parameter'} tensors are not at the same device, "
+                f"Input and {'hidden' if key in initial else 'parameter'} tensors are not at the same device, "
                 f"found input at {input.device} and {key} at {tensor.device}"
             )
-    if h_0 is not None and c_0 is not None and h_0.dtype != c_0.dtype:
-        raise ValueError(f"h_0 dtype ({h_0.dtype}) does not match c_0 dtype ({c_0.dtype})")
+    first = states[0]
+    for key, state in initial.items():
+        if first is not None and state is not None and state.dtype != first.dtype:
+            raise ValueError(f"h_0 dtype ({first.dtype}) does not match {key} dtype ({state.dtype})")
     check_steps(input, input.shape[0])
 
 
-def step_misfit(cell: Cell, x: object, h: object, c: object, weights: Sequence[object]) -> str | None:
+def step_misfit(cell: Cell, x: object, states: Sequence[object], weights: Sequence[object]) -> str | None:
     """What is wrong with the arguments of a step, in torch's words; None where all is right."""
-    named = {"input": x, "h": h, "c": c, **dict(zip(("w_ih", "w_hh", "b_ih", "b_hh"), weights, strict=True))}
+    named = {"input": x, **dict(zip(("h", *cell.states), states, strict=True))}
+    named |= dict(zip(("w_ih", "w_hh", "b_ih", "b_hh", *cell.parameters), weights, strict=True))
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor) and (tensor is not None or name in ("input", "w_ih", "w_hh")):
             return f"{name} must be a Tensor, got {type(tensor).__name__}"
-    w_ih, w_hh, *biases = weights
+    w_ih, w_hh, *vectors = weights
     for name, tensor in (("input", x), ("w_ih", w_ih), ("w_hh", w_hh)):
         if tensor.dim() != 2:
             return f"{name} must have 2 dimensions, got {tensor.dim()}"
     (batch, inputs), hidden = x.shape, w_hh.shape[1]
     if inputs != w_ih.shape[1]:
         return f"input has inconsistent input_size: got {inputs} expected {w_ih.shape[1]}"
-    for i, state in enumerate((h, c)):
+    for i, state in enumerate(states):
         if state is None:
             continue
         if state.dim() > 0 and state.shape[0] != batch:
@@ -245,22 +254,23 @@ def step_misfit(cell: Cell, x: object, h: object, c: object, weights: Sequence[o
             return f"hidden{i} has inconsistent hidden_size: got {state.shape[1]}, expected {hidden}"
         if state.dim() != 2:
             return f"hidden{i} must have 2 dimensions, got {state.dim()}"
-    rows = cell.gates * hidden
+    gates = len(cell.gates)
+    rows = gates * hidden
     for name, tensor in (("w_ih", w_ih), ("w_hh", w_hh)):
         if tensor.shape[0] != rows:
-            return f"{name} must have {rows} rows, {cell.gates} * H, got {tensor.shape[0]}"
-    for name, tensor in zip(("b_ih", "b_hh"), biases, strict=True):
-        if tensor is not None and tensor.shape != (rows,):
-            return f"{name} must have shape ({rows},), got {tuple(tensor.shape)}"
-    if c is not None and c.device == x.device:  # of any dtype: torch promotes
-        c = None
-    return unlike((x, h, c, *weights), 3)
+            return f"{name} must have {rows} rows, {gates} * H, got {tensor.shape[0]}"
+    sizes = rows, rows, *[hidden] * len(cell.parameters)
+    for name, tensor, size in zip(("b_ih", "b_hh", *cell.parameters), vectors, sizes, strict=True):
+        if tensor is not None and tensor.shape != (size,):
+            return f"{name} must have shape ({size},), got {tuple(tensor.shape)}"
+    h, *others = states
+    others = [None if s is not None and s.device == x.device else s for s in others]  # of any dtype: torch promotes
+    return unlike((x, h, *others, *weights), 1 + len(states))
 
 
-def check_step(input: object, h: object, weights: Direction) -> None:
-    """The arguments of fastseq.rnn_cell, lstm_cell and gru_cell: tensors."""
+def check_step(input: object, weights: Direction) -> None:
+    """The arguments of fastseq.rnn_cell, lstm_cell and gru_cell beside the states: tensors."""
     check_tensor("input", input)
-    check_tensor("hx", h)
     for key, tensor in zip(("w_ih", "w_hh", "b_ih", "b_hh"), weights, strict=True):
         if tensor is not None or key.startswith("w"):
             check_tensor(key, tensor)

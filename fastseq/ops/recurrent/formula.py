@@ -1,4 +1,4 @@
-"""A layer in plain torch ops, step by step: what the kernels mean, for every case that they do not serve.
+"""A layer in torch ops, step by step: what the kernels mean, for every case that they do not serve.
 
 Same arguments and results as the kernels' layer (`spec.Layer`). Whatever torch can do with its own ops (create_graph,
 jvp, vmap, FakeTensor, tracing, any dtype or device) it can do with this.
@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq.ops import routing
-from fastseq.ops.recurrent.spec import Cell, Direction, Layer, Results, Weights
+from fastseq.ops.recurrent.spec import Cell, Direction, Layer, Results, States, Weights
 
 
-def layer(call: Layer, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Weights) -> Results:
-    """Runs one layer. `h_0` and `c_0` are (D, B, H); each direction of `weights` may end with a projection."""
+def layer(call: Layer, x: Tensor, states: States, weights: Weights) -> Results:
+    """Runs one layer. The states are (D, B, H); each direction of `weights` may end with a projection."""
     if routing.any_autocast() and torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
-        return _autocast_layer(call, x, h_0, c_0, weights)
-    if call.plain and not routing.transformed():
-        return _torch_layer(call, x, h_0, c_0, weights)
+        return _autocast_layer(call, x, states, weights)
+    if call.plain and call.cell.sequence_op is not None and not routing.transformed():
+        return _torch_layer(call, x, states, weights)
     rows = call.rows
     if rows is not None and rows.packed:
-        return _packed_layer(call, x, h_0, c_0, weights)
+        return _packed_layer(call, x, states, weights)
 
     steps = x.shape[0]
     live = None
@@ -32,60 +32,63 @@ def layer(call: Layer, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weight
         x = torch.where(live.unsqueeze(2), x, 0)  # NaN in the padding must not reach a gradient
     directions = []
     for d, (direction, reverse) in enumerate(zip(weights, call.reverse, strict=True)):
-        h = _state(call, x, None if h_0 is None else h_0[d], _output_size(direction))
-        c = _state(call, x, None if c_0 is None else c_0[d], _hidden_size(call, direction)) if call.cell.has_c else None
-        directions.append(_direction(call, x, h, c, direction, live, reverse))
-    y, h_n, c_n, c_all = zip(*directions, strict=True)
+        sizes = _state_sizes(call, direction)
+        initial = tuple(_state(call, x, None if s is None else s[d], n) for s, n in zip(states, sizes, strict=True))
+        directions.append(_direction(call, x, initial, direction, live, reverse))
+    y, last, every = zip(*directions, strict=True)
     return Results(
         _extend(torch.cat(y, -1), steps),
-        torch.stack(h_n),  # a copy: results share no memory
-        torch.stack(c_n) if call.cell.has_c else None,
-        _extend(torch.cat(c_all, -1), steps) if call.want_c else None,
+        tuple(map(torch.stack, zip(*last, strict=True))),  # a copy: results share no memory
+        tuple(_extend(torch.cat(s, -1), steps) for s in zip(*every, strict=True)),
     )
 
 
 def _direction(
-    call: Layer,
-    x: Tensor,
-    h: Tensor,
-    c: Tensor | None,
-    weights: Direction,
-    live: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    steps, dtype = x.shape[0], x.dtype
-    if h.dtype is not dtype:  # float32 state beside bfloat16 storage: compute in float32, as the kernels do
+    call: Layer, x: Tensor, states: States, weights: Direction, live: Tensor | None, reverse: bool
+) -> tuple[Tensor, States, States]:
+    """y (T, B, H), the last states, and the other states at every step where they are asked for."""
+    cell, steps, dtype = call.cell, x.shape[0], x.dtype
+    if states[0].dtype is not dtype:  # float32 state beside bfloat16 storage: compute in float32, as the kernels do
         x, weights = x.float(), tuple(None if w is None else w.float() for w in weights)
-    w_ih, w_hh, b_ih, b_hh, *projection = weights
+    w_ih, w_hh, b_ih, b_hh = weights[:4]
+    parameters, projection = weights[4 : 4 + len(cell.parameters)], weights[4 + len(cell.parameters) :]
     terms = F.linear(x, w_ih, b_ih)
-    hs: list[Tensor] = []
-    cs: list[Tensor] = []
+
+    def step(t: int, states: States) -> States:
+        new = _step(cell, terms[t], states, w_hh, b_hh, parameters)
+        return (F.linear(new[0], projection[0]), *new[1:]) if projection else new
+
+    outputs: list[States] = []
     for t in reversed(range(steps)) if reverse else range(steps):
         cut = _cut(call.reset, live, t, steps, reverse)
         if cut is not None:
-            h = torch.where(cut, 0, h)
-            c = None if c is None else torch.where(cut, 0, c)
-        h_t, c_t = call.cell.formula(terms[t], h, c, w_hh, b_hh)
-        if projection:
-            h_t = F.linear(h_t, projection[0])
+            states = tuple(torch.where(cut, 0, s) for s in states)
+        new = step(t, states)
         if live is None:
-            h, c = h_t, c_t
+            states = new
+            outputs.append(new)
         else:
             row = live[t].unsqueeze(1)
-            h, h_t = torch.where(row, h_t, h), torch.where(row, h_t, 0)
-            if c is not None:
-                c, c_t = torch.where(row, c_t, c), torch.where(row, c_t, 0)
-        hs.append(h_t)
-        cs.append(c_t)
+            states = tuple(torch.where(row, s, before) for s, before in zip(new, states, strict=True))
+            outputs.append(tuple(torch.where(row, s, 0) for s in new))
     if reverse:
-        hs.reverse()
-        cs.reverse()
+        outputs.reverse()
     if not steps:  # every length is 0: nothing to compute, but a loss on the output still has a backward
-        h_t, c_t = call.cell.formula(terms[:, 0], h[:0], None if c is None else c[:0], w_hh, b_hh)
-        h_t = F.linear(h_t, projection[0]) if projection else h_t
-        y, c_all = (None if s is None else s.unsqueeze(1).expand(0, x.shape[1], -1).to(dtype) for s in (h_t, c_t))
-        return y, h, c, c_all
-    return torch.stack(hs).to(dtype), h, c, torch.stack(cs).to(dtype) if call.want_c else None
+        terms = terms[None, :, 0]
+        new = step(0, tuple(s[:0] for s in states))
+        y, *every = (s.unsqueeze(1).expand(0, x.shape[1], -1).to(dtype) for s in new)
+    else:
+        y, *every = (torch.stack(s).to(dtype) for s in zip(*outputs, strict=True))
+    return y, states, tuple(every) if call.every_state else ()
+
+
+def _step(
+    cell: Cell, term: Tensor, states: States, w_hh: Tensor, b_hh: Tensor | None, parameters: Direction
+) -> tuple[Tensor, ...]:
+    """The states after a step, `term` being W_ih x + b_ih."""
+    gates, count = cell.named, len(cell.gates)
+    r = F.linear(states[0], w_hh, b_hh)
+    return cell.formula(gates(*term.chunk(count, -1)), gates(*r.chunk(count, -1)), *states, *parameters)
 
 
 def _extend(sequence: Tensor, steps: int) -> Tensor:
@@ -111,65 +114,57 @@ def _state(call: Layer, x: Tensor, state: Tensor | None, size: int) -> Tensor:
     return state.to(dtype) if call.float_state else state
 
 
-def _output_size(weights: Direction) -> int:
-    return weights[1].shape[1]
+def _state_sizes(call: Layer, weights: Direction) -> tuple[int, ...]:
+    """Of h, which a projection may make smaller, and of the other states."""
+    w_hh, cell = weights[1], call.cell
+    return (w_hh.shape[1], *[w_hh.shape[0] // len(cell.gates)] * len(cell.states))
 
 
-def _hidden_size(call: Layer, weights: Direction) -> int:
-    return weights[1].shape[0] // call.cell.gates
-
-
-def _torch_layer(call: Layer, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Weights) -> Results:
+def _torch_layer(call: Layer, x: Tensor, states: States, weights: Weights) -> Results:
     """torch's own op, which knows neither a lone reverse direction nor absent states."""
     cell, rows = call.cell, call.rows
     backwards = call.reverse == (True,)
     batch = int(rows.batch_sizes[0]) if rows is not None else x.shape[1]
-    if h_0 is None:
-        h_0 = x.new_zeros(len(weights), batch, _output_size(weights[0]))
-    if cell.has_c and c_0 is None:
-        c_0 = x.new_zeros(len(weights), batch, _hidden_size(call, weights[0]))
-    hx = (h_0, c_0) if cell.has_c else h_0
+    sizes = _state_sizes(call, weights[0])
+    states = tuple(
+        x.new_zeros(len(weights), batch, size) if s is None else s for s, size in zip(states, sizes, strict=True)
+    )
+    hx = states if cell.states else states[0]
     flat = [w for direction in weights for w in direction if w is not None]
     options = (weights[0][2] is not None, 1, 0.0, torch.is_grad_enabled(), len(weights) == 2)
     if rows is not None:
-        y, *states = cell.sequence_op(x, rows.batch_sizes, hx, flat, *options)
+        y, *last = cell.sequence_op(x, rows.batch_sizes, hx, flat, *options)
     else:
-        y, *states = cell.sequence_op(x.flip(0) if backwards else x, hx, flat, *options, False)
-    return Results(y.flip(0) if backwards else y, states[0], states[1] if cell.has_c else None, None)
+        y, *last = cell.sequence_op(x.flip(0) if backwards else x, hx, flat, *options, False)
+    return Results(y.flip(0) if backwards else y, tuple(last), ())
 
 
-def _autocast_layer(call: Layer, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Weights) -> Results:
-    """With torch's own result dtypes: RNN and LSTM in the lower precision, GRU in that of its weights."""
+def _autocast_layer(call: Layer, x: Tensor, states: States, weights: Weights) -> Results:
+    """With torch's own result dtypes: GRU in that of its weights, the others in the lower precision."""
     device = x.device.type
-    dtype = weights[0][0].dtype if call.cell.name == "gru" else torch.get_autocast_dtype(device)
+    dtype = weights[0][0].dtype if call.cell.autocasts_to_weights else torch.get_autocast_dtype(device)
 
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(dtype)
+    def cast(tensors: States) -> States:
+        return tuple(None if t is None else t.to(dtype) for t in tensors)
 
     with torch.autocast(device, enabled=False):
-        return layer(call, cast(x), cast(h_0), cast(c_0), [tuple(map(cast, direction)) for direction in weights])
+        return layer(call, x.to(dtype), cast(states), [cast(direction) for direction in weights])
 
 
-def _packed_layer(call: Layer, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Weights) -> Results:
+def _packed_layer(call: Layer, x: Tensor, states: States, weights: Weights) -> Results:
     sizes = call.rows.batch_sizes.to(x.device)
     steps, batch = sizes.shape[0], int(sizes[0])
     live = torch.arange(batch, device=x.device) < sizes.unsqueeze(1)  # (T, B)
     place = live.flatten().nonzero().squeeze(1)  # packed row -> padded row
     padded = x.new_zeros(steps * batch, x.shape[1]).index_copy(0, place, x).unflatten(0, (steps, batch))
     rows = call.rows._replace(lengths=live.sum(0), packed=False)
-    y, h_n, c_n, c_all = layer(call._replace(rows=rows), padded, h_0, c_0, weights)
-    return Results(
-        y.flatten(0, 1).index_select(0, place),
-        h_n,
-        c_n,
-        None if c_all is None else c_all.flatten(0, 1).index_select(0, place),
-    )
+    y, last, every = layer(call._replace(rows=rows), padded, states, weights)
+    y, *every = (s.flatten(0, 1).index_select(0, place) for s in (y, *every))
+    return Results(y, last, tuple(every))
 
 
-def step(cell: Cell, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Direction) -> tuple[Tensor, Tensor | None]:
-    """One step of a cell on (B, I), by its formula."""
-    w_ih, w_hh, b_ih, b_hh = weights
-    size = w_hh.shape[1]
-    h = x.new_zeros(x.shape[0], size) if h is None else h
-    c = x.new_zeros(x.shape[0], size) if c is None and cell.has_c else c
-    return cell.formula(F.linear(x, w_ih, b_ih), h, c, w_hh, b_hh)
+def step(cell: Cell, x: Tensor, states: States, weights: Direction) -> tuple[Tensor, ...]:
+    """One step of a cell on (B, I), by its formula: the states after it."""
+    w_ih, w_hh, b_ih, b_hh, *parameters = weights
+    states = tuple(x.new_zeros(x.shape[0], w_hh.shape[1]) if s is None else s for s in states)
+    return _step(cell, F.linear(x, w_ih, b_ih), states, w_hh, b_hh, tuple(parameters))

@@ -13,46 +13,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastseq import backends
 from fastseq.backends.contract import Refused
 from fastseq.ops import autograd, routing
 from fastseq.ops.autograd import c_apply, composite_backward, needs_grad
 from fastseq.ops.lengths import Rows, padded_rows
+from fastseq.ops.memory import unit_strides
 from fastseq.ops.recurrent import checks, formula, graph, kernels
-from fastseq.ops.recurrent.kernels import unit_stride
-from fastseq.ops.recurrent.spec import Cell, Direction, Layer, Results, Weights
+from fastseq.ops.recurrent.spec import Cell, Direction, Layer, Output, OutputAndStates, Results, States, Weights
 from fastseq.ops.routing import Route
 
 
 def run_layer(
     call: Layer,
     x: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
+    states: States,
     weights: Weights,
     route: Route,
     backend: ModuleType | None,
+    records: bool,
     panels: Sequence[Any] | None = None,
 ) -> Results:
     """One layer on checked tensors.
 
     Args:
         x: (T, B, I), or (R, I) where `call.rows` is packed.
-        h_0, c_0: (D, B, H) or None for zeros.
+        states: of each state (D, B, H), or None for zeros.
         weights: per direction.
         route, backend: what `routing.route` answered for these tensors.
-        panels: packed weights per direction; only where nothing needs a gradient.
+        records: whether autograd must record the call: `needs_grad` of all these tensors.
+        panels: packed weights per direction; only where nothing is recorded.
     """
-    plain = call.rows is None and call.reset is None
-    if route is Route.KERNELS and (plain or _kernels_read(x, call.rows, call.reset)):
+    rows, reset = call.rows, call.reset
+    if route is Route.KERNELS and ((rows is None and reset is None) or _kernels_read(x, rows, reset)):
         flat = weights[0] if len(weights) == 1 else sum(weights, ())
         try:
-            if panels is None and needs_grad(x, h_0, c_0, *flat):
-                return Results(*_apply_layer(call, backend, x, h_0, c_0, *flat))
-            return kernels.forward(call, backend, x, h_0, c_0, flat, panels)[0]
+            if records:
+                return Results.of(call, _apply_layer(call, backend, x, *states, *flat))
+            return kernels.forward(call, backend, x, states, flat, panels)[0]
         except Refused:
             pass
-    layer = graph.layer if route is Route.GRAPH else formula.layer
-    return _laid_out(call, layer(call, x, h_0, c_0, weights))
+    results = (graph.layer if route is Route.GRAPH else formula.layer)(call, x, states, weights)
+    return _laid_out(call, results)
 
 
 def _laid_out(call: Layer, results: Results) -> Results:
@@ -69,27 +71,27 @@ def _kernels_read(x: Tensor, rows: Rows | None, reset: Tensor | None) -> bool:
 def run_sequence(
     cell: Cell,
     input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
+    hx: object,
     weights: Direction,
     *,
     lengths: Tensor | Sequence[int] | None,
     reset: Tensor | None,
     reverse: bool,
     return_states: bool,
-) -> Results:
-    """What fastseq.rnn, lstm and gru share: checks, then one layer in one direction. The states come back as (B, H)."""
-    checks.check_sequence(cell, input, h_0, c_0, weights)
+) -> Output | OutputAndStates:
+    """What fastseq.rnn, lstm and gru share: checks, then one layer in one direction."""
+    states = checks.check_hx(cell, hx, cell.mode.lower(), or_none=True)
+    checks.check_sequence(cell, input, states, weights)
     steps, batch = input.shape[:2]
     if reset is not None:
         checks.check_reset(reset, (steps, batch), input.device)
-    route, backend = routing.route("recurrent", (input, *weights), (h_0, c_0))
+    route, backend = routing.route("recurrent", (input, *weights), states)
     if input.numel() == 0 and route in (Route.KERNELS, Route.GRAPH):
         route = Route.TORCH
     if routing.is_compiling() and route is Route.TORCH and not torch.compiler.is_exporting():
         # Outside the graph, as torch runs its own recurrent modules.
         options = {"lengths": lengths, "reset": reset, "reverse": reverse, "return_states": return_states}
-        return torch.compiler.disable(run_sequence)(cell, input, h_0, c_0, weights, **options)
+        return torch.compiler.disable(run_sequence)(cell, input, hx, weights, **options)
     rows = None
     if lengths is not None:
         rows = padded_rows(lengths, steps, batch, input.device, route is Route.GRAPH)
@@ -98,38 +100,44 @@ def run_sequence(
         (bool(reverse),),
         rows,
         reset,
-        want_c=return_states and cell.has_c,
-        float_state=input.dtype is torch.bfloat16 and h_0 is not None and h_0.dtype is torch.float32,
+        every_state=return_states and bool(cell.states),
+        float_state=input.dtype is torch.bfloat16 and states[0] is not None and states[0].dtype is torch.float32,
     )
-    h_0 = None if h_0 is None else h_0.unsqueeze(0)
-    c_0 = None if c_0 is None else c_0.unsqueeze(0)
-    y, h_n, c_n, c_all = run_layer(call, input, h_0, c_0, [weights], route, backend)
-    return Results(y, h_n.squeeze(0), None if c_n is None else c_n.squeeze(0), c_all)
+    records = needs_grad(input, *states, *weights)
+    states = tuple(None if s is None else s.unsqueeze(0) for s in states)
+    y, last, every = run_layer(call, input, states, [weights], route, backend, records)
+    last = tuple(s.squeeze(0) for s in last)
+    hx = last if cell.states else last[0]
+    if not return_states:
+        return Output(y, hx)
+    h = y.clone()  # no two results share memory
+    return OutputAndStates(y, hx, (h, *every) if cell.states else h)
 
 
 def run_step(
-    cell: Cell, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Direction, panels: Any | None = None
-) -> tuple[Tensor, Tensor | None] | None:
-    """One step on x (B, I), h and c (B, H) or None for zeros: h' and c' (None but for LSTM).
+    cell: Cell, x: Tensor, states: States, weights: Direction, panels: Any | None = None
+) -> tuple[Tensor, ...] | None:
+    """One step on x (B, I) and states (B, H) or None for zeros: the states after it.
 
     None where the kernels do not serve the case, or the arguments do not fit: torch's op computes it, or names the
-        mistake. The backend
-    checks types, dtypes, devices, shapes and strides itself, and here its time counts, so nothing is checked twice.
+    mistake. The backend checks types, dtypes, devices, shapes and strides itself, and here its time counts, so nothing
+    is checked twice.
     """
     if routing.observed():
         return None
-    backend = routing.backend_of("recurrent", x)
+    backend = backends.select_for("recurrent", x)
     if backend is None:
         return None
-    w_ih, w_hh, b_ih, b_hh = weights
     try:
+        w_ih, w_hh, b_ih, b_hh = weights
+        h, c = states if len(states) == 2 else (states[0], None)
         if torch.is_grad_enabled() and (
             w_hh is None or w_hh.requires_grad or x.requires_grad or needs_grad(h, c, w_ih, b_ih, b_hh)
         ):
-            return _apply_step(cell, backend, x, h, c, w_ih, w_hh, b_ih, b_hh)
+            return _apply_step(cell, backend, x, *states, w_ih, w_hh, b_ih, b_hh)
         threads = torch.get_num_threads()
         h_1, _, c_1, _ = backend.recurrent_step(cell.name, x, h, c, w_ih, w_hh, b_ih, b_hh, threads, False, panels)
-        return h_1, c_1
+        return (h_1,) if c_1 is None else (h_1, c_1)
     except Refused:
         return None
 
@@ -142,35 +150,38 @@ def pack_step(backend: ModuleType, cell: Cell, weights: Direction) -> Any | None
         return None
 
 
-def run_cell(cell: Cell, x: Tensor, h: Tensor, c: Tensor | None, weights: Direction) -> tuple[Tensor, Tensor | None]:
+def run_cell(cell: Cell, x: Tensor, hx: object, weights: Direction) -> tuple[Tensor, ...]:
     """What fastseq.rnn_cell, lstm_cell and gru_cell share."""
-    result = run_step(cell, x, h, c, weights)
+    states = checks.check_hx(cell, hx, f"{cell.mode.lower()}_cell")
+    checks.check_step(x, weights)
+    result = run_step(cell, x, states, weights)
     if result is not None:
         return result
-    if not routing.is_compiling() and (misfit := checks.step_misfit(cell, x, h, c, weights)):
+    if not routing.is_compiling() and (misfit := checks.step_misfit(cell, x, states, weights)):
         raise RuntimeError(misfit)
-    if routing.transformed():
-        return formula.step(cell, x, h, c, weights)
-    result = cell.step_op(x, (h, c) if cell.has_c else h, *weights)
-    return result if cell.has_c else (result, None)
+    if cell.step_op is None or routing.transformed():
+        return formula.step(cell, x, states, weights)
+    result = cell.step_op(x, states if cell.states else states[0], *weights)
+    return result if cell.states else (result,)
 
 
 class RecurrentFunction(torch.autograd.Function):
     """A layer of any cell, in one or two directions, over the kernels.
 
-    `RecurrentFunction.apply(call, backend, x, h_0, c_0, *weights)` returns `(y, h_n, c_n, c_all)`; `call` is a `Layer`,
-    `backend` a module with `recurrent_forward` and `recurrent_backward`, the weights four per direction (`None` for
-    absent biases). Shapes are those of `run_layer`. The tensors must be what `routing.route` calls fit for the kernels;
-    `fastseq.rnn`, `lstm` and `gru` see to that.
+    `RecurrentFunction.apply(call, backend, x, *states, *weights)` returns the tensors of `Results` in a row: y, the
+    last of each state, and where `call.every_state` each state beside h at every step. `call` is a `Layer`, `backend` a
+    module that serves recurrent layers (`fastseq.backends.contract`), the states h and those of `call.cell.states`, the
+    weights four per direction (`None` for absent biases). Shapes are those of `run_layer`. The tensors must be what
+    `routing.route` calls fit for the kernels; `fastseq.rnn`, `lstm` and `gru` see to that.
 
     The backward destroys the values that the forward saved. A second one through the same graph runs the forward again
     first, and so does a backward that finds the output changed in place. With `create_graph=True` the gradients come
     from torch ops, and so do those of incoming gradients that are batched or no plain tensors.
 
-    Sources: Elman, "Finding structure in time", 1990; Hochreiter and Schmidhuber, "Long short-term memory", 1997; Gers,
-        Schmidhuber and
-    Cummins, "Learning to forget", 2000; Cho et al., "Learning phrase representations using RNN encoder-decoder", 2014;
-    Werbos, "Backpropagation through time", 1990.
+    Sources:
+        Elman, "Finding structure in time", 1990; Hochreiter and Schmidhuber, "Long short-term memory", 1997; Gers,
+        Schmidhuber and Cummins, "Learning to forget", 2000; Cho et al., "Learning phrase representations using RNN
+        encoder-decoder", 2014; Werbos, "Backpropagation through time", 1990.
 
     Example:
         >>> import torch
@@ -179,123 +190,102 @@ class RecurrentFunction(torch.autograd.Function):
         >>> from fastseq.ops.cells.gru import GRU
         >>> x, w_ih, w_hh = torch.randn(7, 2, 3), torch.randn(12, 3, requires_grad=True), torch.randn(12, 4)
         >>> if (backend := backends.select("recurrent")) is not None:
-        ...     y, h_n, _, _ = RecurrentFunction.apply(Layer(GRU), backend, x, None, None, w_ih, w_hh, None, None)
+        ...     y, h_n = RecurrentFunction.apply(Layer(GRU), backend, x, None, w_ih, w_hh, None, None)
         ...     y.sum().backward()
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        call: Layer,
-        backend: ModuleType,
-        x: Tensor,
-        h_0: Tensor | None,
-        c_0: Tensor | None,
-        *weights: Tensor | None,
-    ) -> Results:
+    def forward(ctx: Any, call: Layer, backend: ModuleType, x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
         """See the class."""
-        results, saved = kernels.forward(call, backend, x, h_0, c_0, weights, save=True)
+        count = 1 + len(call.cell.states)
+        results, saved = kernels.forward(call, backend, x, others[:count], others[count:], save=True)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.backend, ctx.isa = call, backend, backend.active_isa()
-        _keep(ctx, (x, h_0, c_0, *weights), results.y, saved)
-        return tuple(results)
+        _keep(ctx, (x, *others), results.y, saved)
+        return (results.y, *results.last, *results.every)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dc_all: Tensor | None) -> tuple:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs, None for those that need none."""
-        grads = (dy, dh_n, dc_n, dc_all)
         by_kernels = routing.kernels_differentiate(grads)
-        call, (x, h_0, c_0, *weights), y, saved = _kept(ctx, by_kernels)
+        call, inputs, y, saved = _kept(ctx, by_kernels)
+        count, needs = 2 + len(call.cell.states), ctx.needs_input_grad[2:]
         if not by_kernels:
-            directions = len(call.reverse)
-            return (
-                None,
-                None,
-                *composite_backward(
-                    lambda x, h, c, *w: _laid_out(
-                        call, formula.layer(call, x, h, c, [w[4 * d : 4 * d + 4] for d in range(directions)])
-                    ),
-                    (x, h_0, c_0, *weights),
-                    grads,
-                    ctx.needs_input_grad[2:],
-                ),
-            )
+            return None, None, *composite_backward(lambda *t: _by_formula(call, *t), inputs, grads, needs)
+        x, *others = inputs
+        states, weights = others[: count - 1], others[count - 1 :]
         isa = ctx.isa
         if saved is None:
-            (y, *_), saved = kernels.forward(call, ctx.backend, x, h_0, c_0, weights, save=True)
+            (y, *_), saved = kernels.forward(call, ctx.backend, x, states, weights, save=True)
             isa = ctx.backend.active_isa()
-        needs = ctx.needs_input_grad[2:]
-        return (
-            None,
-            None,
-            *kernels.backward(call, ctx.backend, x, h_0, c_0, weights, y, saved, isa, grads, needs),
-        )
+        grads = Results.of(call, grads)
+        return None, None, *kernels.backward(call, ctx.backend, x, states, weights, y, saved, isa, grads, needs)
+
+
+def _by_formula(call: Layer, x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+    count = 1 + len(call.cell.states)
+    states, flat = others[:count], others[count:]
+    weights = [flat[start : start + 4] for start in range(0, len(flat), 4)]
+    results = _laid_out(call, formula.layer(call, x, states, weights))
+    return (results.y, *results.last, *results.every)
 
 
 class StepFunction(torch.autograd.Function):
     """One step of any cell over the kernels.
 
-    `StepFunction.apply(cell, backend, x, h, c, w_ih, w_hh, b_ih, b_hh)` returns `h'` and, for LSTM, `c'` (else None): x
-    (B, I), states (B, H) or None for zeros, unit strides along the last axes. As `RecurrentFunction` otherwise, and
-    with its sources.
+    `StepFunction.apply(cell, backend, x, *states, w_ih, w_hh, b_ih, b_hh)` returns the states after it: x (B, I),
+    states (B, H) or None for zeros, unit strides along the last axes. As `RecurrentFunction` otherwise, and with its
+    sources.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        cell: Cell,
-        backend: ModuleType,
-        x: Tensor,
-        h: Tensor | None,
-        c: Tensor | None,
-        w_ih: Tensor,
-        w_hh: Tensor,
-        b_ih: Tensor | None,
-        b_hh: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, cell: Cell, backend: ModuleType, x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
         """See the class."""
+        states, (w_ih, w_hh, b_ih, b_hh) = others[:-4], others[-4:]
+        h, c = states if len(states) == 2 else (states[0], None)
         threads = torch.get_num_threads()
         h_1, _, c_1, saved = backend.recurrent_step(cell.name, x, h, c, w_ih, w_hh, b_ih, b_hh, threads, True)
         ctx.set_materialize_grads(False)
-        # What autograd.save does takes 5 % of a step with B = 1.
-        states = (h,) if c is None else (h, c)
-        if h is None:
-            states = () if c is None else (c,)
-        if b_ih is None:
-            ctx.save_for_backward(x, w_ih, w_hh, saved, *states)
-        else:
-            ctx.save_for_backward(x, w_ih, w_hh, saved, b_ih, b_hh, *states)
-        ctx.how = cell, backend, [backend.active_isa()], b_ih is None, h is None, c is None
-        return h_1, c_1
+        if h is None or b_ih is None:
+            autograd.save(ctx, x, *others, saved)
+        else:  # the same, without a look at each: 4 % of a step with B = 1
+            ctx.save_for_backward(x, *others, saved)
+            ctx.given = None
+        ctx.how = cell, backend, [backend.active_isa()]
+        return (h_1,) if c_1 is None else (h_1, c_1)
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> tuple:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs, None for those that need none."""
-        cell, backend, isas, no_bias, no_h, no_c = ctx.how
-        x, w_ih, w_hh, saved, *others = ctx.saved_tensors
-        c = None if no_c else others.pop()
-        h = None if no_h else others.pop()
-        weights = [w_ih, w_hh, *((None, None) if no_bias else others)]
-        inputs = [x, h, c, *weights]
+        cell, backend, isas = ctx.how
+        *inputs, saved = autograd.saved(ctx)
+        x, *states, w_ih, w_hh, b_ih, b_hh = inputs
         needs = ctx.needs_input_grad[2:]
-        if not routing.kernels_differentiate((dh, dc)):
-            grads = composite_backward(lambda x, h, c, *w: formula.step(cell, x, h, c, w), inputs, (dh, dc), needs)
-            return None, None, *grads
-        dh, dc = unit_stride(dh), unit_stride(dc)
+        if not routing.kernels_differentiate(grads):
+
+            def run(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+                return formula.step(cell, x, others[:-4], others[-4:])
+
+            return None, None, *composite_backward(run, inputs, grads, needs)
+        h, c = states if len(states) == 2 else (states[0], None)
+        grads = unit_strides(*grads)
+        dh, dc = grads if len(states) == 2 else (grads[0], None)
         grad = dc if dh is None else dh
         if grad is None:
-            return (None,) * 9
+            return (None,) * (2 + len(inputs))
         try:
             isa = isas.pop()  # atomic: `saved` serves one backward
         except IndexError:
-            *_, saved = backend.recurrent_step(cell.name, x, h, c, *weights, torch.get_num_threads(), True)
+            threads = torch.get_num_threads()
+            *_, saved = backend.recurrent_step(cell.name, x, h, c, w_ih, w_hh, b_ih, b_hh, threads, True)
             isa = backend.active_isa()
+        needs_x, needs_h, *needs_c = needs[:-4]
         dx, dh_0, dc_0, *dweights = backend.recurrent_backward(
             cell.name,
             x.unsqueeze(0),
             h,
             c,
-            weights,
+            (w_ih, w_hh, b_ih, b_hh),
             grad.unsqueeze(0),  # y: only read as the state before a later step, so anything of its shape will do
             saved,
             isa,
@@ -303,9 +293,10 @@ class StepFunction(torch.autograd.Function):
             dh_n=dh,
             dc_n=dc,
             dc_all=None,
-            needs=needs,
+            needs=(needs_x, needs_h, any(needs_c), *needs[-4:]),
         )
-        return None, None, None if dx is None else dx.squeeze(0), dh_0, dc_0, *dweights
+        dstates = (dh_0, dc_0)[: len(states)]
+        return None, None, None if dx is None else dx.squeeze(0), *dstates, *dweights
 
 
 _apply_layer = c_apply(RecurrentFunction)
@@ -329,7 +320,7 @@ def _keep(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor, saved: tu
             batch_sizes = batch_sizes.clone()  # the caller's, who may change them as with torch
         inputs += (ctx.call.reset, lengths, batch_sizes, order)
     ctx.kept = len(inputs)
-    if routing.saving_hooks():
+    if routing.saving_hooks(True) is not None:
         autograd.save(ctx, *inputs, output, *saved)
         ctx.once = [None]
     else:

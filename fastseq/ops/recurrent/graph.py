@@ -13,27 +13,34 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastseq.ops import routing
+from fastseq import backends
 from fastseq.ops.lengths import padded_rows
 from fastseq.ops.recurrent import formula, kernels
-from fastseq.ops.recurrent.spec import Cell, Layer, Results, Weights
+from fastseq.ops.recurrent.spec import Cell, Direction, Layer, Results, States, Weights
 
 
-def layer(call: Layer, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Weights) -> Results:
+def layer(call: Layer, x: Tensor, states: States, weights: Weights) -> Results:
     """As `formula.layer`, for padded sequences."""
-    y, h_n, c_n, c_all = recurrent_layer(
+    given = [s for s in states if s is not None]
+    if given:  # zeros for the others
+        given = [_zeros(call, i, given[0], weights[0]) if s is None else s for i, s in enumerate(states)]
+    flat = recurrent_layer(
         x,
-        h_0,
-        c_0,
+        given,
         [w for direction in weights for w in direction if w is not None],
         None if call.rows is None else call.rows.lengths,
         call.reset,
         call.cell.name,
         list(call.reverse),
-        call.want_c,
+        call.every_state,
         call.float_state,
     )
-    return Results(y, h_n, c_n if call.cell.has_c else None, c_all if call.want_c else None)
+    return Results.of(call, flat)
+
+
+def _zeros(call: Layer, place: int, other: Tensor, weights: Direction) -> Tensor:
+    w_hh = weights[1]
+    return other.new_zeros(*other.shape[:2], w_hh.shape[0] // len(call.cell.gates) if place else w_hh.shape[1])
 
 
 def _cell(name: str) -> Cell:
@@ -44,15 +51,16 @@ def _cell(name: str) -> Cell:
 
 def _call(
     x: Tensor,
+    states: Sequence[Tensor],
     weights: Sequence[Tensor],
     lengths: Tensor | None,
     reset: Tensor | None,
     cell: str,
     reverse: Sequence[bool],
     *options: bool,
-) -> tuple[Layer, ModuleType, list[Tensor | None]]:
-    """The call, who computes it, and its weights with None for absent biases."""
-    backend = routing.backend_of("recurrent", x)
+) -> tuple[Layer, ModuleType, States, list[Tensor | None]]:
+    """The call, who computes it, and its states and weights with None for absent ones."""
+    backend = backends.select_for("recurrent", x)
     if backend is None:
         raise RuntimeError(
             "this graph was compiled for the kernels, which are switched off: call torch._dynamo.reset()"
@@ -60,80 +68,82 @@ def _call(
     rows = None if lengths is None else padded_rows(lengths, x.shape[0], x.shape[1], x.device)
     if len(weights) < 4 * len(reverse):
         weights = [w for d in range(len(reverse)) for w in (*weights[2 * d : 2 * d + 2], None, None)]
-    return Layer(_cell(cell), tuple(reverse), rows, reset, *options), backend, list(weights)
+    call = Layer(_cell(cell), tuple(reverse), rows, reset, *options)
+    return call, backend, tuple(states) or (None,) * (1 + len(call.cell.states)), list(weights)
 
 
 # Lists hold no None: a list with one in it is no list of tensors to autograd, and what it holds gets no gradients.
 @torch.library.custom_op("fastseq::recurrent_layer", mutates_args=())
 def recurrent_layer(
     x: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
+    states: Sequence[Tensor],
     weights: Sequence[Tensor],
     lengths: Tensor | None,
     reset: Tensor | None,
     cell: str,
     reverse: Sequence[bool],
-    want_c: bool,
+    every_state: bool,
     float_state: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, h_n, c_n and c_all of `spec.Results`; empty tensors where the cell has no c or c_all is not wanted.
+) -> list[Tensor]:
+    """The tensors of `Results`, in a row.
 
-    The weights are those of each direction in turn, two or with biases four.
+    The states are all of the cell's, or none for zeros; the weights those of each direction in turn, two or with biases
+    four.
     """
-    call, backend, weights = _call(x, weights, lengths, reset, cell, reverse, want_c, float_state)
+    call, backend, states, weights = _call(x, states, weights, lengths, reset, cell, reverse, every_state, float_state)
     if call.rows is not None and not call.rows.longest:
         directions = [tuple(weights[start : start + 4]) for start in range(0, len(weights), 4)]
-        results = formula.layer(call, x, h_0, c_0, directions)
+        results = formula.layer(call, x, states, directions)
     else:
-        results, _ = kernels.forward(call, backend, x, h_0, c_0, weights)
-    y, h_n, c_n, c_all = (x.new_empty(0) if r is None else r.contiguous() for r in results)
-    return y, h_n, c_n, c_all
+        results, _ = kernels.forward(call, backend, x, states, weights)
+    return [t.contiguous() for t in (results.y, *results.last, *results.every)]
 
 
 @recurrent_layer.register_fake
-def _(x, h_0, c_0, weights, lengths, reset, cell, reverse, want_c, float_state):
+def _(x, states, weights, lengths, reset, cell, reverse, every_state, float_state):
     steps, batch, _ = x.shape
-    spec = _cell(cell)
-    output, hidden = weights[1].shape[1], weights[1].shape[0] // spec.gates
+    spec, directions = _cell(cell), len(reverse)
+    output, hidden = weights[1].shape[1], weights[1].shape[0] // len(spec.gates)
     dtype = torch.float32 if float_state else x.dtype
-    y = x.new_empty(steps, batch, output * len(reverse))
-    h_n = x.new_empty(len(reverse), batch, output, dtype=dtype)
-    c_n = x.new_empty(len(reverse), batch, hidden, dtype=dtype) if spec.has_c else x.new_empty(0)
-    c_all = x.new_empty(steps, batch, hidden * len(reverse)) if want_c else x.new_empty(0)
-    return y, h_n, c_n, c_all
+    y = x.new_empty(steps, batch, output * directions)
+    sizes = output, *[hidden] * len(spec.states)
+    last = [x.new_empty(directions, batch, size, dtype=dtype) for size in sizes]
+    every = [x.new_empty(steps, batch, hidden * directions) for _ in spec.states] if every_state else []
+    return [y, *last, *every]
 
 
 @torch.library.custom_op("fastseq::recurrent_layer_backward", mutates_args=())
 def recurrent_layer_backward(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dc_all: Tensor | None,
+    grads: Sequence[Tensor],
+    given: Sequence[bool],
     needs: Sequence[bool],
     x: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
+    states: Sequence[Tensor],
     weights: Sequence[Tensor],
     lengths: Tensor | None,
     reset: Tensor | None,
     cell: str,
     reverse: Sequence[bool],
-    want_c: bool,
+    every_state: bool,
     float_state: bool,
 ) -> list[Tensor]:
-    """The gradients of those of x, h_0, c_0 and the weights that `needs` marks."""
-    inputs = x, h_0, c_0, *weights
-    call, backend, weights = _call(x, weights, lengths, reset, cell, reverse, want_c, float_state)
+    """The gradients of those of x, the states and the weights that `needs` marks.
+
+    `grads` are those of the results that `given` marks; those of the others are zero.
+    """
+    inputs = x, *states, *weights
+    call, backend, states, weights = _call(x, states, weights, lengths, reset, cell, reverse, every_state, float_state)
+    found = iter(grads)
+    grads = Results.of(call, [next(found) if there else None for there in given])
+    wanted = iter(needs)
+    all_needs = tuple(t is not None and next(wanted) for t in (x, *states, *weights))
     if call.rows is not None and not call.rows.longest:  # the states passed through, and nothing else
-        found = [None, *(None if g is None else g.clone() for g in (dh_n, dc_n)), *[None] * len(weights)]
+        dstates = [None if g is None else g.clone() for g in grads.last]
+        found = [None, *dstates, *[None] * len(weights)]
     else:
-        (y, *_), saved = kernels.forward(call, backend, x, h_0, c_0, weights, save=True)
-        wanted = iter(needs[3:])
-        all_needs = (*needs[:3], *(w is not None and next(wanted) for w in weights))
-        grads, isa = (dy, dh_n, dc_n, dc_all), backend.active_isa()
-        found = kernels.backward(call, backend, x, h_0, c_0, weights, y, saved, isa, grads, all_needs)
-    found = [*found[:3], *(g for g, w in zip(found[3:], weights, strict=True) if w is not None)]
+        (y, *_), saved = kernels.forward(call, backend, x, states, weights, save=True)
+        found = kernels.backward(call, backend, x, states, weights, y, saved, backend.active_isa(), grads, all_needs)
+    found = [g for g, t in zip(found, (x, *states, *weights), strict=True) if t is not None]
     return [
         torch.zeros_like(t, memory_format=torch.contiguous_format) if g is None else g.contiguous()
         for t, g, need in zip(inputs, found, needs, strict=True)
@@ -142,33 +152,31 @@ def recurrent_layer_backward(
 
 
 @recurrent_layer_backward.register_fake
-def _(dy, dh_n, dc_n, dc_all, needs, x, h_0, c_0, weights, *others):
+def _(grads, given, needs, x, states, weights, *others):
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t, need in zip((x, h_0, c_0, *weights), needs, strict=True)
+        for t, need in zip((x, *states, *weights), needs, strict=True)
         if need
     ]
 
 
 def _setup_context(ctx, inputs, output):
-    x, h_0, c_0, weights, lengths, reset, *ctx.options = inputs
-    ctx.weights = len(weights)
-    ctx.save_for_backward(x, h_0, c_0, *weights, lengths, reset)
+    x, states, weights, lengths, reset, *ctx.options = inputs
+    ctx.counts = len(states), len(weights)
+    ctx.save_for_backward(x, *states, *weights, lengths, reset)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, dh_n, dc_n, dc_all):
-    x, h_0, c_0, *others = ctx.saved_tensors
-    weights, (lengths, reset) = others[: ctx.weights], others[ctx.weights :]
-    needs_x, needs_h_0, needs_c_0, needs_weights, *_ = ctx.needs_input_grad
-    needs = [needs_x, needs_h_0, needs_c_0, *needs_weights]
-    cell, _, want_c, _ = ctx.options
-    dc_n, dc_all = dc_n if _cell(cell).has_c else None, dc_all if want_c else None
-    found = iter(
-        recurrent_layer_backward(dy, dh_n, dc_n, dc_all, needs, x, h_0, c_0, weights, lengths, reset, *ctx.options)
-    )
-    dx, dh_0, dc_0, *dweights = (next(found) if need else None for need in needs)
-    return dx, dh_0, dc_0, dweights, *[None] * 6
+def _backward(ctx, grads):
+    x, *others, lengths, reset = ctx.saved_tensors
+    states, weights = others[: ctx.counts[0]], others[ctx.counts[0] :]
+    needs_x, needs_states, needs_weights, *_ = ctx.needs_input_grad
+    needs = [needs_x, *needs_states, *needs_weights]
+    given = [g is not None for g in grads]
+    grads = [g for g in grads if g is not None]
+    found = iter(recurrent_layer_backward(grads, given, needs, x, states, weights, lengths, reset, *ctx.options))
+    dx, *dothers = (next(found) if need else None for need in needs)
+    return dx, dothers[: ctx.counts[0]], dothers[ctx.counts[0] :], *[None] * 6
 
 
 recurrent_layer.register_autograd(_backward, setup_context=_setup_context)

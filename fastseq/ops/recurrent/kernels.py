@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from fastseq.ops.lengths import Rows
-from fastseq.ops.recurrent.spec import Layer, Results
+from fastseq.ops.memory import all_contiguous, unit_strides
+from fastseq.ops.recurrent.spec import Layer, Results, States
 
 
 def forward(
     call: Layer,
     backend: ModuleType,
     x: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
+    states: States,
     weights: Sequence[Tensor | None],
     panels: Sequence[Any] | None = None,
     save: bool = False,
 ) -> tuple[Results, tuple[Tensor, ...]]:
     """The results of a layer and, with `save`, what the backward needs, per direction."""
-    cell, reverse, rows, reset, want_c, float_state, batch_first = call
+    cell, reverse, rows, reset, every_state, float_state, batch_first = call
     directions, steps = len(reverse), x.shape[0]
     batch_sizes, order, packed = (None, None, False) if rows is None else (rows.batch_sizes, rows.order, rows.packed)
     padded = rows is not None and not packed
@@ -36,7 +36,8 @@ def forward(
         out = _steps_first(call, y)
     if padded:
         x, reset, out = _trim(rows, x), _trim(rows, reset), _trim(rows, out)
-    x, h_0, c_0 = unit_strides(x, h_0, c_0)
+    x, *states = unit_strides(x, *states)
+    h_0, c_0 = states if len(states) == 2 else (states[0], None)  # no kernels have more
     weights = all_contiguous(weights)
     h_n, c_n, c_all, saved = [], [], [], []
     h_d, c_d, w_d, y_d = h_0, c_0, weights, out
@@ -57,7 +58,7 @@ def forward(
             reset=reset,
             save=save,
             y=y_d,
-            return_c=want_c,
+            return_c=every_state,
             float_state=float_state,
             leading=True,
         )
@@ -65,32 +66,39 @@ def forward(
         c_n.append(c)
         c_all.append(c_steps)
         saved.append(kept)
-    h_n, c_n = _join(h_n), _join(c_n) if cell.has_c else None
-    c_all = _extend(torch.cat(c_all, -1) if directions > 1 else c_steps, steps) if want_c else None
-    return Results(y_d if y is None else y, h_n, c_n, c_all), tuple(saved) if save else ()
+    if directions > 1:
+        h, c = torch.cat(h_n), None if c is None else torch.cat(c_n)
+        c_steps = None if c_steps is None else torch.cat(c_all, -1)
+    last = (h,) if c is None else (h, c)
+    every = () if c_steps is None else (_extend(c_steps, steps),)
+    return Results(y_d if y is None else y, last, every), tuple(saved) if save else ()
 
 
 def backward(
     call: Layer,
     backend: ModuleType,
     x: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
+    states: States,
     weights: Sequence[Tensor | None],
     y: Tensor,
     saved: tuple[Tensor, ...],
     isa: str,
-    grads: tuple[Tensor | None, ...],
+    grads: Results,
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """Gradients of x, h_0, c_0 and every weight. Both directions add to one dx."""
+    """Gradients of x, the states and every weight. Both directions add to one dx."""
     cell, reverse, rows, reset, _, float_state, _ = call
-    directions = len(reverse)
+    directions, count = len(reverse), 1 + len(states)
     batch_sizes, order, packed = (None, None, False) if rows is None else (rows.batch_sizes, rows.order, rows.packed)
     padded = rows is not None and not packed
-    x, h_0, c_0, dy, dh_n, dc_n, dc_all = unit_strides(x, h_0, c_0, *grads)
+    h_0, c_0 = states if len(states) == 2 else (states[0], None)
+    dh_n, dc_n = grads.last if len(states) == 2 else (grads.last[0], None)
+    x, h_0, c_0, dy, dh_n, dc_n, dc_all = unit_strides(
+        x, h_0, c_0, grads.y, dh_n, dc_n, grads.every[0] if grads.every else None
+    )
     weights = all_contiguous(weights)
-    y, dy = _steps_first(call, y), _steps_first(call, dy)
+    if call.batch_first:
+        y, dy = _steps_first(call, y), _steps_first(call, dy)
     dx = dx_trimmed = None
     if needs[0] and (directions > 1 or padded):
         dx = dx_trimmed = x.new_zeros(x.shape) if padded else x.new_empty(x.shape)
@@ -100,6 +108,7 @@ def backward(
     dh_0, dc_0, dweights = [], [], []
     y_d, dy_d, dc_all_d = y, dy, dc_all
     h_d, c_d, dh_d, dc_d = h_0, c_0, dh_n, dc_n
+    needs_c = count == 3 and needs[2]
     for d in range(directions):
         if directions > 1:
             y_d, dy_d, dc_all_d = (_part(sequence, d, directions) for sequence in (y, dy, dc_all))
@@ -117,7 +126,7 @@ def backward(
             dh_n=dh_d,
             dc_n=dc_d,
             dc_all=dc_all_d,
-            needs=(*needs[:3], *needs[3 + 4 * d : 7 + 4 * d]),
+            needs=(needs[0], needs[1], needs_c, *needs[count + 4 * d : count + 4 * d + 4]),
             batch_sizes=batch_sizes,
             order=order,
             packed=packed,
@@ -132,12 +141,8 @@ def backward(
         dh_0.append(dh)
         dc_0.append(dc)
         dweights.extend(dw)
-    return [
-        dx if needs[0] else None,
-        _join(dh_0) if needs[1] else None,
-        _join(dc_0) if needs[2] else None,
-        *dweights,
-    ]
+    dstates = [_join(dh_0) if needs[1] else None, _join(dc_0) if needs_c else None]
+    return [dx if needs[0] else None, *dstates[: count - 1], *dweights]
 
 
 def _output(call: Layer, x: Tensor, width: int) -> Tensor:
@@ -172,31 +177,3 @@ def _join(states: list[Tensor]) -> Tensor:
 def _extend(sequence: Tensor, steps: int) -> Tensor:
     missing = steps - sequence.shape[0]
     return sequence if not missing else torch.cat((sequence, sequence.new_zeros(missing, *sequence.shape[1:])))
-
-
-def unit_stride(tensor: Tensor | None) -> Tensor | None:
-    """The tensor itself where its last axis is contiguous, as the kernels need it, else a copy."""
-    if tensor is None or tensor.stride(-1) == 1:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)  # contiguous() keeps the strides of axes of size 1
-
-
-def unit_strides(*tensors: Tensor | None) -> list[Tensor | None]:
-    """`unit_stride` of each, in one call."""
-    found = []
-    for t in tensors:
-        found.append(t if t is None or t.stride(-1) == 1 else unit_stride(t))
-    return found
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """The tensor itself where it is contiguous, else a copy."""
-    return tensor if tensor is None else tensor.contiguous()
-
-
-def all_contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """`contiguous` of each, in one call."""
-    found = []
-    for t in tensors:
-        found.append(t if t is None else t.contiguous())
-    return found

@@ -1,29 +1,48 @@
-"""What the parts of ops say to each other: the spec of a cell, how a layer is run, what it returns."""
+"""What the parts of this room say to each other: the spec of a cell, how a layer is run, what it returns."""
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fastseq.ops.lengths import Rows
 
-Direction = tuple[Tensor | None, ...]  # w_ih (G*H, I), w_hh (G*H, H), b_ih (G*H), b_hh (G*H), both biases or neither
+# w_ih (G*H, I), w_hh (G*H, H), b_ih (G*H), b_hh (G*H), both biases or neither, then the cell's parameters, each (H)
+Direction = tuple[Tensor | None, ...]
 Weights = Sequence[Direction]  # one entry per direction
+States = tuple[Tensor | None, ...]  # h, then those of `Cell.states`; None for zeros
 
 
-class Cell(NamedTuple):
-    """What a recurrent cell is to the layers around it."""
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """What a recurrent cell is to the layers around it.
+
+    The formula is the cell in torch operators: it takes x = W_ih x + b_ih and r = W_hh h + b_hh, each with an attribute
+    (B, H) for each gate, then h, the other states and the parameters, and returns h' and the other states after the
+    step. It computes what no kernels compute. A cell that no kernels know runs by its formula alone.
+    """
 
     name: str  # the kernels' name
-    mode: str  # torch's name
-    gates: int
-    has_c: bool  # a second state, as LSTM's
-    sequence_op: Callable[..., Any]  # torch's own ops
-    step_op: Callable[..., Any]
-    # (W_ih x + b_ih (B, G*H), h, c, w_hh, b_hh) -> (h', c'): the cell in torch ops
-    formula: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+    mode: str  # in messages; torch's name where torch has the cell
+    gates: tuple[str, ...]  # a block of H rows of the weights each, in their order
+    formula: Callable[..., tuple[Tensor, ...]]
+    states: tuple[str, ...] = ()  # beside h
+    parameters: tuple[str, ...] = ()  # of shape (H,)
+    sequence_op: Callable[..., Any] | None = None  # torch's own ops, where it has the cell
+    step_op: Callable[..., Any] | None = None
+    autocasts_to_weights: bool = False  # torch's own op, in the dtype of its weights rather than the lower precision
+
+    named: type = field(init=False, repr=False)  # the named tuple of the gates, which the formula gets
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "named", namedtuple("Gates", self.gates))
+
+    def __repr__(self) -> str:
+        return f"<cell {self.name}: gates {' '.join(self.gates)}, states {' '.join(('h', *self.states))}>"
 
 
 class Layer(NamedTuple):
@@ -33,7 +52,7 @@ class Layer(NamedTuple):
     reverse: tuple[bool, ...] = (False,)  # per direction
     rows: Rows | None = None
     reset: Tensor | None = None  # (T, B) bool
-    want_c: bool = False  # every cell state, not only the last
+    every_state: bool = False  # the other states beside h at every step, not only the last
     float_state: bool = False  # bfloat16 only: states in float32
     batch_first: bool = False  # of the output y alone: (B, T, N)
 
@@ -41,15 +60,37 @@ class Layer(NamedTuple):
     def plain(self) -> bool:
         """True where torch's own op does the same."""
         return (
-            (self.rows is None or self.rows.packed) and self.reset is None and not self.want_c and not self.float_state
+            (self.rows is None or self.rows.packed)
+            and self.reset is None
+            and not self.every_state
+            and not self.float_state
         )
 
 
 class Results(NamedTuple):
-    """y (T, B, D*H), or (B, T, D*H) where the call is `batch_first`, h_n and c_n (D, B, H), c_all (T, B, D*H); packed:
-    (R, D*H) for y and c_all. No two share memory, and none is a view."""
+    """What a layer returns. No two tensors share memory, and none is a view."""
 
-    y: Tensor
-    h_n: Tensor
-    c_n: Tensor | None
-    c_all: Tensor | None
+    y: Tensor  # (T, B, D*H), or (B, T, D*H) where the call is `batch_first`; packed: (R, D*H)
+    last: tuple[Tensor, ...]  # of each state, (D, B, H)
+    every: tuple[Tensor, ...]  # of each state beside h, where asked for, (T, B, D*H); packed: (R, D*H)
+
+    @classmethod
+    def of(cls, call: Layer, flat: Sequence[Tensor]) -> Results:
+        """Out of all tensors in a row, as autograd Functions return them."""
+        states = 1 + len(call.cell.states)
+        return cls(flat[0], tuple(flat[1 : 1 + states]), tuple(flat[1 + states :]))
+
+
+class Output(NamedTuple):
+    """What the functions of sequences return."""
+
+    output: Tensor  # (T, B, H): h after every step
+    hx: Tensor | tuple[Tensor, ...]  # the last states, as the argument `hx`
+
+
+class OutputAndStates(NamedTuple):
+    """What they return with `return_states`."""
+
+    output: Tensor
+    hx: Tensor | tuple[Tensor, ...]
+    states: Tensor | tuple[Tensor, ...]  # all states, each (T, B, H): h, or a tuple as `hx`

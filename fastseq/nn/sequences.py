@@ -1,7 +1,8 @@
-"""What the sequence modules share, and what the cells share. Mixed into torch's classes, here and in fastseq.compat."""
+"""What the modules of whole sequences share. Mixed into torch's classes, here and in fastseq.compat."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
@@ -9,22 +10,21 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.overrides import TorchFunctionMode
 
 from fastseq.nn.drop_in import DropIn
-from fastseq.nn.packed_weights import PackedWeights, PacksWeights
+from fastseq.nn.packed_weights import PacksWeights
 from fastseq.ops import routing
 from fastseq.ops.autograd import needs_grad
 from fastseq.ops.lengths import packed_rows, padded_rows
-from fastseq.ops.recurrent import checks, formula
-from fastseq.ops.recurrent.function import pack_step, run_layer, run_step
-from fastseq.ops.recurrent.kernels import all_contiguous, unit_stride
-from fastseq.ops.recurrent.spec import Cell, Direction, Layer
+from fastseq.ops.memory import all_contiguous, unit_stride
+from fastseq.ops.recurrent import checks
+from fastseq.ops.recurrent.function import run_layer
+from fastseq.ops.recurrent.spec import Cell, Direction, Layer, States
 from fastseq.ops.routing import Route
 
-States = tuple[Tensor | None, Tensor | None]  # h and c; c is None but for LSTM
 _REVERSE = {False: (False,), True: (False, True)}  # by `bidirectional`: the directions of a layer
 
 
@@ -34,7 +34,6 @@ class _Run(NamedTuple):
     weights: list[Direction]  # per layer and direction
     route: Route
     backend: ModuleType | None
-    keeps_panels: bool = False  # the backend packs weights, those of the CPU alone, and nothing records
     return_states: bool = False
 
 
@@ -50,11 +49,8 @@ class SequenceModule(DropIn, PacksWeights):
         "get_expected_hidden_size",
         "permute_hidden",
     )
-    _expected_hx: ClassVar[str] = "a Tensor"
-
-    @property
-    def _cell(self) -> Cell:
-        raise NotImplementedError
+    _torch_class: ClassVar[type[nn.Module] | None] = None  # None: torch lacks the cell
+    _cell: Cell
 
     def forward(
         self,
@@ -98,13 +94,9 @@ class SequenceModule(DropIn, PacksWeights):
         if route is not Route.KERNELS:
             if routing.is_compiling() and route is Route.TORCH and not torch.compiler.is_exporting():
                 return self._forward_outside(input, hx, lengths=lengths, reset=reset, return_states=return_states)
-            if not beyond_torch and route is Route.TORCH:
+            if not beyond_torch and route is Route.TORCH and self._torch_class is not None:
                 return self._torch_class.forward(self, input, hx)
-        keeps_panels = route is Route.KERNELS and "recurrent" in backend.PACKS and not needs_grad(*tensors)
-        if keeps_panels and data.numel() == self.input_size:
-            # A single row reads the weights in place: to see whether packed ones still hold takes as long.
-            keeps_panels = self._packed_weights().frozen
-        run = _Run(weights, route, backend, keeps_panels, return_states)
+        run = _Run(weights, route, backend, return_states)
         if packed:
             return self._forward_packed(cell, input, states, run)
         return self._forward_padded(cell, data, states, lengths, reset, run)
@@ -136,19 +128,18 @@ class SequenceModule(DropIn, PacksWeights):
         rows = None
         if lengths is not None:
             rows = padded_rows(lengths, x.shape[0], x.shape[1], x.device, run.route is Route.GRAPH)
-        call = Layer(
-            cell, _REVERSE[self.bidirectional], rows, reset, run.return_states and cell.has_c, False, batch_first
-        )
+        every_state = run.return_states and bool(cell.states)
+        call = Layer(cell, _REVERSE[self.bidirectional], rows, reset, every_state, False, batch_first)
         y, states, all_states = self._layers(call, x, states, run)
         if unbatched:
             y = y.squeeze(1)
-            states = tuple(None if s is None else s.squeeze(1) for s in states)
+            states = tuple(s.squeeze(1) for s in states)
         if not run.return_states:
             return y, self._hx(states)
         if unbatched:
-            all_states = tuple(None if s is None else s.squeeze(2) for s in all_states)
+            all_states = tuple(s.squeeze(2) for s in all_states)
         elif batch_first:
-            all_states = tuple(None if s is None else s.movedim(2, 0) for s in all_states)
+            all_states = tuple(s.movedim(2, 0) for s in all_states)
         return y, self._hx(states), self._hx(all_states)
 
     def _forward_packed(self, cell: Cell, input: PackedSequence, states: States, run: _Run) -> tuple:
@@ -156,56 +147,56 @@ class SequenceModule(DropIn, PacksWeights):
         if sorted_indices is not None:
             states = tuple(None if s is None else s.index_select(1, sorted_indices) for s in states)
 
-        def padded(packed: Tensor | None) -> Tensor | None:  # (R, L*D, H) -> (T, L*D, B, H)
-            if packed is None:
-                return None
+        def padded(packed: Tensor) -> Tensor:  # (R, L*D, H) -> (T, L*D, B, H)
             sequence = PackedSequence(packed, batch_sizes, sorted_indices, unsorted_indices)
             sequence, _ = pad_packed_sequence(sequence, batch_first=self.batch_first)
             return sequence if self.batch_first else sequence.transpose(1, 2)
 
-        call = Layer(
-            cell, _REVERSE[self.bidirectional], packed_rows(batch_sizes), None, run.return_states and cell.has_c
-        )
+        every_state = run.return_states and bool(cell.states)
+        call = Layer(cell, _REVERSE[self.bidirectional], packed_rows(batch_sizes), None, every_state)
         y, states, all_states = self._layers(call, data, states, run)
         if unsorted_indices is not None:
-            states = tuple(None if s is None else s.index_select(1, unsorted_indices) for s in states)
+            states = tuple(s.index_select(1, unsorted_indices) for s in states)
         result = (PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), self._hx(states))
         return (*result, self._hx(tuple(map(padded, all_states)))) if run.return_states else result
 
-    def _layers(self, call: Layer, x: Tensor, states: States, run: _Run) -> tuple[Tensor, States, States]:
+    def _layers(
+        self, call: Layer, x: Tensor, states: States, run: _Run
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The output, as `Results.y`, the last states (L*D, B, H) and, if asked for, all states: (T, L*D, B, H), packed
         (R, L*D, H)."""
-        cell, layers, directions = call.cell, self.num_layers, len(call.reverse)
+        layers, directions = self.num_layers, len(call.reverse)
         inner = call._replace(batch_first=False) if call.batch_first and layers > 1 else call
-        (h_0, c_0), weights, panels = states, run.weights, None
-        keep = pack = None
-        if run.keeps_panels:
-            keep, pack = self._packed_weights(), partial(run.backend.pack, cell.name)
-        last_h, last_c, all_h, all_c = [], [], [], []
+        packs = run.route is Route.KERNELS and "recurrent" in run.backend.PACKS
+        if packs and x.numel() == self.input_size:
+            # A single row reads the weights in place: to see whether packed ones still hold takes as long.
+            packs = self._packed_weights().frozen
+        initial, weights = states, run.weights
+        last, every = [], []
         for layer in range(layers):
             if layers > 1:
                 places = slice(layer * directions, (layer + 1) * directions)
                 weights = run.weights[places]
-                h_0 = None if states[0] is None else states[0][places]
-                c_0 = None if states[1] is None else states[1][places]
-            if keep is not None:
-                panels = keep.panels(run.backend, layer * directions, weights, pack)
+                initial = tuple(None if s is None else s[places] for s in states)
+            records = torch.is_grad_enabled() and needs_grad(x, *initial, *itertools.chain(*weights))
+            panels = self._panels(run.backend, layer * directions, weights) if packs and not records else None
             how = call if layer == layers - 1 else inner
-            x, h_n, c_n, c_all = run_layer(how, x, h_0, c_0, weights, run.route, run.backend, panels)
-            last_h.append(h_n)
-            last_c.append(c_n)
+            x, states_n, steps = run_layer(how, x, initial, weights, run.route, run.backend, records, panels)
+            last.append(states_n)
             if run.return_states:
-                all_h.append(_by_direction(x.transpose(0, 1) if how.batch_first else x, directions))
-                all_c.append(_by_direction(c_all, directions))
+                h = x.transpose(0, 1) if how.batch_first else x
+                every.append([_by_direction(s, directions) for s in (h, *steps)])
             if self.dropout and layer < layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
         if layers > 1:
-            h_n = torch.cat(last_h)
-            c_n = torch.cat(last_c) if cell.has_c else None
-        if not run.return_states:
-            return x, (h_n, c_n), (None, None)
+            states_n = tuple(map(torch.cat, zip(*last, strict=True)))
+        if not every:
+            return x, states_n, ()
         # cat even of one: no result shares memory with another
-        return x, (h_n, c_n), (torch.cat(all_h, 1), torch.cat(all_c, 1) if cell.has_c else None)
+        return x, states_n, tuple(torch.cat(s, 1) for s in zip(*every, strict=True))
+
+    def _panels(self, backend: ModuleType, place: int, weights: Sequence[Direction]) -> tuple[Any, ...]:
+        return self._packed_weights().panels(backend, place, weights, partial(backend.pack, self._cell.name))
 
     def step(self, x_t: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """One step with the same weights: what `forward` does for T = 1, for streams that come step by step.
@@ -267,28 +258,39 @@ class SequenceModule(DropIn, PacksWeights):
             y, states, _ = self._layers(call, x, states, _Run(weights, route, backend))
             y = y.squeeze(0)
         if unbatched:
-            return y.squeeze(0), self._hx(tuple(None if s is None else s.squeeze(1) for s in states))
+            return y.squeeze(0), self._hx(tuple(s.squeeze(1) for s in states))
         return y, self._hx(states)
 
     def _step_layers(
         self, x: Tensor, states: States, weights: list[Direction], float_state: bool, backend: ModuleType
-    ) -> tuple[Tensor, States]:
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`_layers` for one step and one direction without gradients: the shortest way to the kernels."""
-        cell, keep, threads = self._cell, self._packed_weights(), torch.get_num_threads()
-        pack = partial(backend.pack, cell.name) if keep.frozen and "recurrent" in backend.PACKS else None
+        cell, threads = self._cell, torch.get_num_threads()
+        packs = "recurrent" in backend.PACKS and self._packed_weights().frozen
         last = []
         for layer, direction in enumerate(weights):
-            h, c = (None if s is None else unit_stride(s[layer]) for s in states)
-            panels = keep.panels(backend, layer, [direction], pack)[0] if pack else None
+            h, c, *_ = (*(None if s is None else unit_stride(s[layer]) for s in states), None)
+            panels = self._panels(backend, layer, [direction])[0] if packs else None
             w_ih, w_hh, b_ih, b_hh = all_contiguous(direction)
             x, h, c, _ = backend.recurrent_step(
-                cell.name, unit_stride(x), h, c, w_ih, w_hh, b_ih, b_hh, threads, False, panels, float_state
+                cell.name,
+                unit_stride(x),
+                h,
+                c,
+                w_ih,
+                w_hh,
+                b_ih,
+                b_hh,
+                threads,
+                False,
+                panels,
+                float_state,
             )
-            last.append((h, c))
+            last.append((h,) if c is None else (h, c))
             if self.dropout and layer < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
         # stack: the state must not share memory with the output
-        return x, tuple(None if s[0] is None else torch.stack(s) for s in zip(*last, strict=True))
+        return x, tuple(map(torch.stack, zip(*last, strict=True)))
 
     # ---- arguments
 
@@ -320,17 +322,26 @@ class SequenceModule(DropIn, PacksWeights):
         return None if any(w is None for w in direction) else direction
 
     def _states(self, hx: Any) -> States | None:
-        """(h_0, c_0) out of hx, None where hx has another form."""
+        """h_0 and the other states out of hx, None where hx has another form."""
+        others = len(self._cell.states)
         if hx is None:
-            return None, None
-        return (hx, None) if isinstance(hx, Tensor) else None
+            return (None,) * (1 + others)
+        if not others:
+            return (hx,) if isinstance(hx, Tensor) else None
+        if not isinstance(hx, tuple | list) or len(hx) != 1 + others:
+            return None
+        for state in hx:
+            if not isinstance(state, Tensor):
+                return None
+        return tuple(hx)
 
-    def _hx(self, states: States) -> Any:
-        return states[0]
+    def _hx(self, states: tuple[Tensor, ...]) -> Any:
+        return states if len(states) > 1 else states[0]
 
     def _state_sizes(self, batch: int) -> tuple[tuple[int, int, int], ...]:
         places = self.num_layers * (2 if self.bidirectional else 1)
-        return (places, batch, self.proj_size or self.hidden_size), (places, batch, self.hidden_size)
+        other = (places, batch, self.hidden_size)
+        return ((places, batch, self.proj_size) if self.proj_size else other, *[other] * len(self._cell.states))
 
     def _steps(self, data: Tensor) -> int:
         return data.shape[1 if self.batch_first and data.dim() == 3 else 0]
@@ -345,7 +356,7 @@ class SequenceModule(DropIn, PacksWeights):
         if not isinstance(data, Tensor):
             return f"input must be a Tensor or a PackedSequence, got {type(data).__name__}"
         if states is None:
-            return f"{cell.mode.lower()} expects {self._expected_hx} for hx"
+            return f"{cell.mode.lower()} expects {_expected_hx(cell)} for hx"
         rank, unbatched = data.dim(), False
         if batch is not None:
             if rank != 2:
@@ -358,22 +369,25 @@ class SequenceModule(DropIn, PacksWeights):
             return f"{cell.mode}: Expected input to be 2D or 3D, got {rank}D instead"
         if data.shape[-1] != self.input_size:
             return f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {data.shape[-1]}"
-        h_0, c_0 = states
-        if h_0 is not None:
+        if states[0] is not None:
             sizes = self._state_sizes(batch)
             if unbatched:
                 sizes = tuple((size[0], size[2]) for size in sizes)
-            if h_0.shape != sizes[0] or (c_0 is not None and c_0.shape != sizes[1]):
-                return checks.states_misfit(states, sizes)
+            for state, size in zip(states, sizes, strict=True):
+                if state.shape != size:
+                    return checks.states_misfit(states, sizes)
         return self._weights_misfit(cell, weights)
 
     def _weights_misfit(self, cell: Cell, weights: list[Direction] | None) -> str | None:
         if weights is None:
             missing = [n for names in self._all_weights for n in names if getattr(self, n, None) is None]
             return f"{', '.join(missing)} of the {cell.mode} must be a Tensor, got None"
-        gates, hidden = cell.gates * self.hidden_size, self.proj_size or self.hidden_size
+        gates, hidden = len(cell.gates) * self.hidden_size, self.proj_size or self.hidden_size
         directions, inputs = 2 if self.bidirectional else 1, self.input_size
-        square, bias, projection = (gates, hidden), (gates,), (self.proj_size, self.hidden_size)
+        square, bias = (gates, hidden), (gates,)
+        others = [(self.hidden_size,)] * len(cell.parameters)
+        if self.proj_size:
+            others.append((self.proj_size, self.hidden_size))
         for place, direction in enumerate(weights):
             w_ih, w_hh, b_ih, b_hh = direction[:4]
             if place == directions:
@@ -382,9 +396,9 @@ class SequenceModule(DropIn, PacksWeights):
                 w_ih.shape != (gates, inputs)
                 or w_hh.shape != square
                 or (b_ih is not None and not b_ih.shape == b_hh.shape == bias)
-                or (len(direction) > 4 and direction[4].shape != projection)
+                or (others and [w.shape for w in direction[4:]] != others)
             ):
-                shapes = (gates, inputs), square, *((bias, bias) if self.bias else ()), projection
+                shapes = (gates, inputs), square, *((bias, bias) if self.bias else ()), *others
                 found = (w for w in weights[place] if w is not None)
                 for name, weight, shape in zip(self._all_weights[place], found, shapes, strict=False):
                     if weight.shape != shape:
@@ -393,13 +407,13 @@ class SequenceModule(DropIn, PacksWeights):
 
     def _refuse(self, misfit: str, input: Any, hx: Any) -> NoReturn:
         """Raises torch's own error where its module has one for these arguments, else ours."""
-        if not routing.is_compiling():
-            with _UntilOp(self._cell.sequence_op.__name__, misfit):
+        if self._torch_class is not None and not routing.is_compiling():
+            with UntilOp(self._cell.sequence_op.__name__, misfit):
                 self._torch_class.forward(self, input, hx)
         raise RuntimeError(misfit)
 
 
-class _UntilOp(TorchFunctionMode):
+class UntilOp(TorchFunctionMode):
     """Lets torch's module check its arguments, but not call its op, which would compute something of them."""
 
     def __init__(self, op: str, misfit: str) -> None:
@@ -411,88 +425,14 @@ class _UntilOp(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class PairedStates:
-    """hx as (h, c): the LSTM's part of SequenceModule."""
-
-    _expected_hx = "two hidden states, (h, c),"
-
-    def _states(self, hx: Any) -> States | None:
-        if hx is None:
-            return None, None
-        if not isinstance(hx, tuple | list) or len(hx) != 2:
-            return None
-        h, c = hx
-        return (h, c) if isinstance(h, Tensor) and isinstance(c, Tensor) else None
-
-    def _hx(self, states: States) -> Any:
-        return states
+def _expected_hx(cell: Cell) -> str:
+    if not cell.states:
+        return "a Tensor"
+    names = "h", *cell.states
+    return f"{'two' if len(names) == 2 else len(names)} hidden states, ({', '.join(names)}),"
 
 
-def _by_direction(sequence: Tensor | None, directions: int) -> Tensor | None:
+def _by_direction(sequence: Tensor, directions: int) -> Tensor:
     """(T, B, D*H) -> (T, D, B, H), packed (R, D*H) -> (R, D, H)."""
-    if sequence is None:
-        return None
     sequence = sequence.unflatten(-1, (directions, -1))
     return sequence.transpose(1, 2) if sequence.dim() == 4 else sequence
-
-
-class CellModule(DropIn, PacksWeights):
-    """What RNNCell, LSTMCell and GRUCell share."""
-
-    def _step(
-        self, cell: Cell, input: Tensor, h: Tensor | None, c: Tensor | None
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """h' and c', or None where torch's own forward has to compute them or to name the mistake."""
-        if not isinstance(input, Tensor) or not (h is None or isinstance(h, Tensor)):
-            return None
-        if c is not None and not isinstance(c, Tensor):
-            return None
-        if input.dim() == 1:
-            return self._unbatched_step(cell, input, h, c)
-        named = self._parameters
-        try:  # four attribute look-ups on a Module cost as much as the step itself
-            weights = named["weight_ih"], named["weight_hh"], named["bias_ih"], named["bias_hh"]
-        except KeyError:  # parametrized, pruned, replicated
-            weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        packed, panels = self.__dict__.get("_fastseq_packed"), None
-        if packed is not None and packed.frozen and not routing.is_compiling():
-            panels = self._frozen_panels(packed, cell, input, weights)
-        result = run_step(cell, input, h, c, weights, panels)
-        if result is None and routing.transformed() and checks.step_misfit(cell, input, h, c, weights) is None:
-            # Per-sample gradients without a state: torch's cells raise, and are to. Opacus calls so a cell that its
-            # model called with one, and takes the gradients of zeros for its own; a pair of results it refuses.
-            if h is None and not cell.has_c and routing.batched():
-                return None
-            return formula.step(cell, input, h, c, weights)
-        return result
-
-    def _unbatched_step(
-        self, cell: Cell, input: Tensor, h: Tensor | None, c: Tensor | None
-    ) -> tuple[Tensor, Tensor | None] | None:
-        if any(s is not None and s.dim() != 1 for s in (h, c)):
-            return None
-        h, c = (None if s is None else s.unsqueeze(0) for s in (h, c))
-        result = self._step(cell, input.unsqueeze(0), h, c)
-        return None if result is None else tuple(None if s is None else s.squeeze(0) for s in result)
-
-    def _step_of_torch(self, cell: Cell, input: Tensor, hx: Any, h: Tensor | None, c: Tensor | None) -> Any:
-        """torch's forward, whose op gets only what fits: of gates of other sizes it reads parts that are not there."""
-        node = self._node(input, hx)
-        if node is not None:
-            return node
-        if not routing.is_compiling():  # the compiler takes the op apart into checked ones
-            x = input
-            if isinstance(input, Tensor) and input.dim() == 1:
-                x, h, c = (s.unsqueeze(0) if isinstance(s, Tensor) else s for s in (input, h, c))
-            misfit = checks.step_misfit(cell, x, h, c, (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh))
-            if misfit is not None:
-                with _UntilOp(cell.step_op.__name__, misfit):
-                    self._torch_class.forward(self, input, hx)
-                raise RuntimeError(misfit)
-        return self._torch_class.forward(self, input, hx)
-
-    def _frozen_panels(self, packed: PackedWeights, cell: Cell, input: Tensor, weights: Direction) -> Any:
-        route, backend = routing.route("recurrent", (input, *weights))
-        if route is Route.KERNELS and not needs_grad(input, *weights):
-            return packed.panels(backend, 0, [weights], partial(pack_step, backend, cell))[0]
-        return None
