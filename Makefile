@@ -18,7 +18,7 @@ TOOLS := "scikit-build-core>=0.11" "cython>=3.1" "cython-cmake>=0.2" "cmake>=3.2
 EXTRAS := cli,test,bench,lint
 INSTALL := $(PIP_INSTALL) --no-build-isolation -e ".[$(EXTRAS)]" \
 	--config-settings=build-dir=build/editable --config-settings=editable.rebuild=true --config-settings=editable.verbose=false
-CXX_SOURCES := $(filter-out csrc/dlpack.h,$(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cu*)) \
+CXX_SOURCES := $(filter-out csrc/dlpack.h,$(wildcard $(foreach d,csrc csrc/* csrc/cpu/*,$d/*.h $d/*.cpp $d/*.cu*))) \
 	$(wildcard tests/cuda_on_host/*.h)
 
 .PHONY: build demo test test-long bench lint format cuda asan clean

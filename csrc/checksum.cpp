@@ -7,7 +7,7 @@
 // that change places are seen too, and chunks may be added in any order.
 #include <cstring>
 
-#include "cpu/threads.h"
+#include "cpu/base/threads.h"
 #include "kernels.h"
 
 namespace fastseq {

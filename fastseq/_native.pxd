@@ -40,7 +40,7 @@ cdef extern from "dlpack.h" nogil:
         int (*managed_tensor_to_py_object_no_sync)(DLManagedTensorVersioned*, void**) except -1
         int (*dltensor_from_py_object_no_sync)(void*, DLTensor*) noexcept  # -1: with an exception set
 
-cdef extern from "cpu/threads.h" namespace "fastseq" nogil:
+cdef extern from "cpu/base/threads.h" namespace "fastseq" nogil:
     void* allocate(int64_t)
     void release(void*)
 

@@ -55,7 +55,7 @@ def build_check(compiler, tmp_path_factory):
 
     def build(name):
         program = tmp_path_factory.mktemp("check") / name
-        sources = f"tests/{name}.cpp", "csrc/cpu/threads.cpp"
+        sources = f"tests/{name}.cpp", "csrc/cpu/base/threads.cpp"
         command = [compiler, "-std=gnu++17", "-O2", "-fopenmp", "-Icsrc", *sources, "-o", program]
         subprocess.run(command, cwd=ROOT, check=True)
         return program

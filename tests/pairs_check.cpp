@@ -1,13 +1,13 @@
 // Attention in pairs of bfloat16 against attention in float32, whatever the machine multiplies itself. Prints what
-// failed; built by test_attention_kernels.py together with csrc/cpu/threads.cpp.
+// failed; built by test_attention_kernels.py together with csrc/cpu/base/threads.cpp.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
 
 #define FASTSEQ_ISA pairs_check
-#include "cpu/attention_backward-inl.h"
-#include "cpu/attention_forward-inl.h"
+#include "cpu/attention/backward-inl.h"
+#include "cpu/attention/forward-inl.h"
 
 using namespace fastseq;
 using namespace fastseq::pairs_check;

@@ -144,10 +144,10 @@ def test_includes(path):
     included = includes_of(path)
     inside = path.relative_to(CSRC)
     assert not [name for name in included if re.search(r"torch|ATen|c10|[Pp]ython", name)], "csrc knows no torch"
-    assert ("immintrin.h" in included) <= (str(inside) == "cpu/simd.h"), "intrinsics are for cpu/simd.h"
-    assert ("omp.h" in included) <= (str(inside) == "cpu/threads.cpp"), "OpenMP is for cpu/threads.cpp"
+    assert ("immintrin.h" in included) <= (str(inside) == "cpu/base/simd.h"), "intrinsics are for cpu/base/simd.h"
+    assert ("omp.h" in included) <= (str(inside) == "cpu/base/threads.cpp"), "OpenMP is for cpu/base/threads.cpp"
     assert any(name.startswith("cuda_") for name in included) <= (str(inside) == "cuda/common.cuh")
-    assert ("#pragma omp" in path.read_text()) <= (str(inside) == "cpu/threads.cpp")
+    assert ("#pragma omp" in path.read_text()) <= (str(inside) == "cpu/base/threads.cpp")
     if inside.parts[0] == "math":
         assert not [name for name in included if "/" in name], "math/ knows nothing but itself"
     if path.name.endswith("-inl.h"):
@@ -176,7 +176,7 @@ def kernel_objects():
         (isa, cell, path)
         for isa in ISAS
         for cell in ("", *CELLS)
-        for path in builds[-1].glob(f"kernels_{isa}{cell and '_'}{cell}.dir/csrc/cpu/*.o")
+        for path in builds[-1].glob(f"kernels_{isa}{cell and '_'}{cell}.dir/csrc/cpu/**/*.o")
     ]
 
 
@@ -196,7 +196,7 @@ def test_no_weak_symbol_leaves_its_isa():
             kind, symbol = line[17:18], line[19:]
             # Tables and names of a type (vtable for, typeinfo for) belong to the type.
             if kind in "WVu" and f"fastseq::{isa}::" not in symbol.split("(")[0] and not symbol.startswith("DW.ref."):
-                weak.setdefault(symbol, set()).add(f"{isa}/{path.stem}")
+                weak.setdefault(symbol, set()).add(f"{isa}/{path.parent.name}/{path.stem}")
     assert not weak
 
 
@@ -206,7 +206,7 @@ def test_every_isa_is_built_from_the_same_sources():
         pytest.skip("there is no build tree beside the sources")
     sources = {}
     for isa, cell, path in objects:
-        sources.setdefault(isa, set()).add((cell, path.name))
+        sources.setdefault(isa, set()).add((cell, f"{path.parent.name}/{path.name}"))
     assert "baseline" in sources
     assert all(names == sources["baseline"] for names in sources.values())
-    assert {("", "table.cpp.o"), *((cell, "recurrent_instance.cpp.o") for cell in CELLS)} <= sources["baseline"]
+    assert {("", "cpu/table.cpp.o"), *((cell, "recurrent/instance.cpp.o") for cell in CELLS)} <= sources["baseline"]

@@ -1,5 +1,5 @@
 // The thread team seen from C++, where regions can be nested and teams are known. Prints what failed; built by
-// test_threads.py together with csrc/cpu/threads.cpp.
+// test_threads.py together with csrc/cpu/base/threads.cpp.
 #include <omp.h>
 #include <sched.h>
 #include <sys/wait.h>
@@ -11,7 +11,7 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "cpu/threads.h"
+#include "cpu/base/threads.h"
 
 using namespace fastseq;
 

@@ -1,12 +1,12 @@
 // The kernel table of one ISA.
-#include "../cell_facts.h"
-#include "peak-inl.h"
+#include "cell_facts.h"
+#include "cpu/base/peak-inl.h"
 
 namespace fastseq::FASTSEQ_ISA {
 
 namespace cells {
 #define CELL(name, header, functor) extern const CellKernels name;
-#include "../cells.def"
+#include "cells.def"
 #undef CELL
 }  // namespace cells
 
@@ -16,7 +16,7 @@ extern const LinearKernels kLinearKernels[kDtypes];
 
 static constexpr const CellKernels* kCells[] = {
 #define CELL(name, header, functor) &cells::name,
-#include "../cells.def"
+#include "cells.def"
 #undef CELL
     nullptr};
 

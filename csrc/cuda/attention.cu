@@ -1,5 +1,5 @@
-#include "attention_backward.cuh"
-#include "attention_forward.cuh"
+#include "cuda/attention_backward.cuh"
+#include "cuda/attention_forward.cuh"
 
 namespace fastseq::cuda {
 

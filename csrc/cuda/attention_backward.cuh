@@ -7,7 +7,7 @@
 // one thread block, which adds what goes into it in a fixed order; so the same call gives the same bits.
 #pragma once
 
-#include "attention_bias_gradient.cuh"
+#include "cuda/attention_bias_gradient.cuh"
 
 namespace fastseq::cuda {
 

@@ -2,7 +2,7 @@
 // tile of it and adds all that goes into it, in the order of batch rows, heads and blocks of queries.
 #pragma once
 
-#include "attention_gradient.cuh"
+#include "cuda/attention_gradient.cuh"
 
 namespace fastseq::cuda {
 

@@ -3,7 +3,7 @@
 // with a cache, the keys are cut into parts, whose results a second kernel merges in their order.
 #pragma once
 
-#include "attention_scores.cuh"
+#include "cuda/attention_scores.cuh"
 
 namespace fastseq::cuda {
 

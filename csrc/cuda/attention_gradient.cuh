@@ -1,7 +1,7 @@
 // Gradients of scores, tile by tile: what all kernels of attention backward share.
 #pragma once
 
-#include "attention_scores.cuh"
+#include "cuda/attention_scores.cuh"
 
 namespace fastseq::cuda {
 

@@ -1,8 +1,8 @@
 // Which rows of an attention call a thread block holds.
 #pragma once
 
-#include "../attention_rows.h"
-#include "common.cuh"
+#include "cuda/common.cuh"
+#include "rows/attention.h"
 
 namespace fastseq::cuda {
 

@@ -1,9 +1,9 @@
 // From products of queries and keys to scores, and the draws of dropout.
 #pragma once
 
-#include "../math/online_softmax.h"
-#include "../math/philox.h"
-#include "attention_tile.cuh"
+#include "cuda/attention_tile.cuh"
+#include "math/online_softmax.h"
+#include "math/philox.h"
 
 namespace fastseq::cuda {
 

@@ -2,7 +2,7 @@
 // registers. A sum runs over its terms in order, from the first to the last.
 #pragma once
 
-#include "attention_layout.cuh"
+#include "cuda/attention_layout.cuh"
 
 namespace fastseq::cuda {
 

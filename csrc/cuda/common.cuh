@@ -6,8 +6,8 @@
 #include <cuda_runtime.h>
 #include <math.h>
 
-#include "../kernels.h"
-#include "../math/step.h"
+#include "kernels.h"
+#include "math/step.h"
 
 namespace fastseq::cuda {
 

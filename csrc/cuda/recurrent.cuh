@@ -3,7 +3,7 @@
 // the last, whatever the sizes; so every output is bitwise the same on every run and for any batch.
 #pragma once
 
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 namespace fastseq::cuda {
 

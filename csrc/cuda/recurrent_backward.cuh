@@ -2,7 +2,7 @@
 // gate gradients that the launch before has left with W_hh, and ends with the gate gradients of its own step.
 #pragma once
 
-#include "recurrent.cuh"
+#include "cuda/recurrent.cuh"
 
 namespace fastseq::cuda {
 

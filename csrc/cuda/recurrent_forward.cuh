@@ -1,7 +1,7 @@
 // Forward: one launch for each step.
 #pragma once
 
-#include "recurrent.cuh"
+#include "cuda/recurrent.cuh"
 
 namespace fastseq::cuda {
 

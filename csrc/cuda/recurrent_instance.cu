@@ -1,9 +1,9 @@
 // The recurrent driver for one cell: compiled for each cell of cells.def.
 #include FASTSEQ_CELL_HEADER
 
-#include "../cell_facts.h"
-#include "recurrent_backward.cuh"
-#include "recurrent_forward.cuh"
+#include "cell_facts.h"
+#include "cuda/recurrent_backward.cuh"
+#include "cuda/recurrent_forward.cuh"
 
 namespace fastseq::cuda::cells {
 

@@ -1,12 +1,12 @@
 // The table of the CUDA kernels, and the one symbol of their library.
-#include "../cell_facts.h"
-#include "common.cuh"
+#include "cell_facts.h"
+#include "cuda/common.cuh"
 
 namespace fastseq::cuda {
 
 namespace cells {
 #define CELL(name, header, functor) extern const CellKernels name;
-#include "../cells.def"
+#include "cells.def"
 #undef CELL
 }  // namespace cells
 
@@ -18,7 +18,7 @@ thread_local cudaError_t last_error = cudaSuccess;
 
 constexpr const CellKernels* kCells[] = {
 #define CELL(name, header, functor) &cells::name,
-#include "../cells.def"
+#include "cells.def"
 #undef CELL
     nullptr};
 

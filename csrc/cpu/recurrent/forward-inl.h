@@ -1,0 +1,255 @@
+// The recurrent driver, forward: any cell, one layer in one direction, a step being a sequence with T = 1.
+//
+// Units are split over the threads, which meet in a barrier after each step; a large batch is split by rows instead and
+// needs no barrier (see Partition). Either way each output comes from the same sums in the same order.
+#pragma once
+
+#include "cpu/base/threads.h"
+#include "cpu/recurrent/layout-inl.h"
+
+namespace fastseq::FASTSEQ_ISA {
+
+template <class Cell, class S>
+class Forward {
+  using L = Layout<Cell, S>;
+  using T = typename L::T;
+  using V = typename L::V;
+
+ public:
+  static Status run(const RecurrentParams& p) {
+    const L layout(p);
+    const int threads = team_size(p, layout);
+    // Projecting the input of about 128 rows at a time pays where a step alone has too few rows to be compute bound.
+    const int64_t chunk = p.panels && p.batch < kHoistBelow ? ceil_div(kHoistRows, p.batch) : 1;
+    const bool hoist = chunk > 1;
+    const int64_t carry = layout.panels * p.batch * L::kUnits * sizeof(T);
+    const int64_t hoisted = hoist ? layout.panels * chunk * p.batch * L::kWidth * sizeof(T) : 0;
+    const int64_t pointers = threads * (chunk + 1) * p.batch * sizeof(S*);
+    const int64_t starts = (p.steps + 1) * sizeof(int64_t), h_0 = HiddenRows<S>::elements(p) * sizeof(S);
+    char* memory = (char*)allocate(carry + hoisted + pointers + starts + h_0);
+    if (!memory) return kOutOfMemory;
+    Forward driver(p, layout, chunk, memory, memory + carry, memory + carry + hoisted,
+                   memory + carry + hoisted + pointers, memory + carry + hoisted + pointers + starts);
+    parallel(threads, [](void* self, const Team& team) { ((Forward*)self)->work(team); }, &driver);
+    release(memory);
+    return kOk;
+  }
+
+ private:
+  static constexpr int64_t kHoistBelow = 8, kHoistRows = 128;
+  // Rows whose terms are kept between the products and the cell, in the L1 cache.
+  static constexpr int64_t kTileRows = 48;
+
+  Forward(const RecurrentParams& params, const L& l, int64_t chunk, void* carry, void* hoisted, void* pointers,
+          void* starts, void* h_0)
+      : p(params),
+        layout(l),
+        schedule(params, (int64_t*)starts),
+        chunk_(chunk),
+        carry_((T*)carry),
+        hoisted_((T*)hoisted),
+        pointers_((const S**)pointers),
+        hidden_{schedule, (S*)h_0} {
+    Schedule::fill_starts(p, (int64_t*)starts);
+    hidden_.fill_zeros();
+  }
+
+  void work(const Team& team) {
+    const Partition partition(schedule, layout, team.size);
+    const Slice slice = partition.slice(team.rank, team.size);
+    const S** x_rows = pointers_ + team.rank * (chunk_ + 1) * p.batch;
+    const S** h_rows = x_rows + chunk_ * p.batch;
+    begin(slice);
+    if (!partition.by_rows) team.wait();
+    for (int64_t s0 = 0; s0 < p.steps; s0 += chunk_) {
+      const int64_t s1 = min(p.steps, s0 + chunk_), chunk_rows = find_inputs(slice, s0, s1, x_rows);
+      if (chunk_ > 1) hoist_inputs(slice, chunk_rows, x_rows);
+      int64_t row = 0;  // of the chunk
+      for (int64_t s = s0; s < s1; ++s) {
+        const int64_t t = schedule.time(s);
+        step(slice, t, row, x_rows, h_rows);
+        row += active(slice, t);
+        if (!partition.by_rows) team.wait();
+      }
+    }
+  }
+
+  int64_t active(const Slice& slice, int64_t t) const {
+    return max(0, min(schedule.active(t), slice.row_end) - slice.row_begin);
+  }
+  // The carry and the initial hidden rows of the slice, and the final states of empty rows.
+  void begin(const Slice& slice) const {
+    hidden_.fill(slice.row_begin, slice.row_end, slice.panel_begin * L::kUnits,
+                 min(layout.H, slice.panel_end * L::kUnits));
+    for (int64_t panel = slice.panel_begin; panel < slice.panel_end; ++panel)
+      for (int64_t b = slice.row_begin; b < slice.row_end; ++b)
+        for (int64_t lane = 0; lane < layout.units(panel); lane += L::kLanes) {
+          const int64_t unit = panel * L::kUnits + lane, n = layout.units(panel) - lane, i = schedule.batch_index(b);
+          const V h = p.h_0.data ? load_state<S>(p, p.h_0, i, unit, n) : V(0);
+          const V c = p.c_0.data ? load_state<S>(p, p.c_0, i, unit, n) : V(0);
+          store(carry_row(panel, b) + lane, Cell::kCarry == Carry::kHidden ? h : c);
+          if (b >= schedule.active(0)) finish(i, unit, n, h, c);
+        }
+  }
+
+  T* carry_row(int64_t panel, int64_t b) const { return carry_ + (panel * p.batch + b) * L::kUnits; }
+
+  void finish(int64_t index, int64_t unit, int64_t n, V h, V carry) const {
+    if (p.h_n.data) store_state<S>(p, p.h_n, index, unit, n, h);
+    if (p.c_n.data) store_state<S>(p, p.c_n, index, unit, n, carry);
+  }
+
+  // The input rows of the steps s0, ..., s1 - 1 in order of computation; returns their number.
+  int64_t find_inputs(const Slice& slice, int64_t s0, int64_t s1, const S** rows) const {
+    int64_t total = 0;
+    for (int64_t s = s0; s < s1; ++s) {
+      const int64_t t = schedule.time(s), count = active(slice, t);
+      for (int64_t b = 0; b < count; ++b) rows[total++] = schedule.template row<const S>(p.x, t, slice.row_begin + b);
+    }
+    return total;
+  }
+
+  // Terms W a + bias of `count` rows in `n` panels (2 only if count is 1), from packed or plain weights.
+  template <bool kInput>
+  FASTSEQ_INLINE void terms(const S* const* rows, int64_t count, int64_t panel, int n, T* out,
+                            int64_t panel_stride) const {
+    const int64_t depth = kInput ? layout.I : layout.H;
+    if (p.panels) {
+      const auto* panels = kInput ? layout.input_panels(p.panels) : layout.recurrent_panels(p.panels);
+      const auto* bias = kInput ? layout.input_bias(p.panels) : layout.recurrent_bias(p.panels);
+      const int64_t stride = layout.panel_stride(depth);
+      return multiply_rows<L::kTile, S>(rows, count, n, depth, panels + panel * stride, stride,
+                                        bias + panel * L::kWidth, out, L::kWidth, panel_stride);
+    }
+    const S *w = (const S*)(kInput ? p.w_ih : p.w_hh), *bias = (const S*)(kInput ? p.b_ih : p.b_hh);
+    UnitVector<T> vectors[2 * L::kTile];
+    int found = 0;
+    for (int i = 0; i < n; ++i) {
+      // Units beyond H must be finite, as packed panels leave them.
+      if (layout.units(panel + i) < L::kUnits) std::memset(out + i * panel_stride, 0, count * L::kWidth * sizeof(T));
+      for (int term = 0; term < Cell::kTerms; ++term) {
+        const int64_t first = (kInput ? Cell::input_gate(term) : Cell::recurrent_gate(term)) * layout.H;
+        const int64_t row = first + (panel + i) * L::kUnits, units = layout.units(panel + i);
+        T* to = out + i * panel_stride + term * L::kUnits;
+        for (int64_t lane = 0; lane < units; lane += L::kLanes) {
+          const UnitVector<T> vector{row + lane, min(L::kLanes, units - lane), to + lane};
+          if (p.in_order)
+            vectors[found++] = vector;
+          else
+            dot_rows(rows, count, depth, w + vector.first * depth, bias ? bias + vector.first : nullptr, vector.units,
+                     vector.out, L::kWidth);
+        }
+      }
+    }
+    if (p.in_order) transposed_row(rows[0], depth, w, bias, vectors, found);
+  }
+
+  // The input terms of a chunk: (panels, chunk rows, kWidth), each panel of a slice in its own place.
+  T* hoisted_terms(int64_t panel, int64_t row) const { return hoisted_ + (panel * chunk_ * p.batch + row) * L::kWidth; }
+
+  void hoist_inputs(const Slice& slice, int64_t total, const S* const* rows) const {
+    for (int64_t panel = slice.panel_begin; panel < slice.panel_end; ++panel)
+      terms<true>(rows, total, panel, 1, hoisted_terms(panel, 0), 0);
+  }
+
+  void step(const Slice& slice, int64_t t, int64_t chunk_row, const S** x_rows, const S** h_rows) {
+    alignas(64) T input_terms[kTileRows * L::kWidth], recurrent_terms[kTileRows * L::kWidth];
+    const int64_t count = active(slice, t);
+    for (int64_t b = 0; b < count; ++b) h_rows[b] = hidden_.before(t, slice.row_begin + b);
+    const EvenSplit split(count, kTileRows);
+    for (int64_t panel = slice.panel_begin; panel < slice.panel_end;) {
+      const int n = count == 1 && panel + 1 < slice.panel_end ? 2 : 1;
+      for (int64_t part = 0; part < split.parts; ++part) {
+        const int64_t first = split.begin(part), rows = split.count(part);
+        if (chunk_ == 1) terms<true>(x_rows + first, rows, panel, n, input_terms, L::kWidth);
+        terms<false>(h_rows + first, rows, panel, n, recurrent_terms, L::kWidth);
+        for (int i = 0; i < n; ++i)
+          for (int64_t m = 0; m < rows; ++m)
+            apply(panel + i, t, slice.row_begin + first + m,
+                  chunk_ == 1 ? input_terms + (i + m) * L::kWidth : hoisted_terms(panel + i, chunk_row + first + m),
+                  recurrent_terms + (i + m) * L::kWidth);
+      }
+      panel += n;
+    }
+  }
+
+  // The cell on one row of one panel, the epilogue of the matrix product.
+  FASTSEQ_INLINE void apply(int64_t panel, int64_t t, int64_t b, const T* x, const T* r) const {
+    const int64_t units = layout.units(panel), index = schedule.batch_index(b);
+    const bool cut = schedule.is_cut(t, b), last = schedule.is_last(t, b);
+    T* carry = carry_row(panel, b);
+    S* y = schedule.template row<S>(p.y, t, b) + panel * L::kUnits;
+    const int64_t saved_row = schedule.starts[t] + b;
+    // All units of the panel, also those beyond H: backward sums over them too.
+    for (int64_t lane = 0; lane < L::kUnits; lane += L::kLanes) {
+      ForwardStep<Cell, V> s;
+      FASTSEQ_UNROLL for (int i = 0; i < Cell::kTerms; ++i) {
+        s.x[i] = load(x + i * L::kUnits + lane);
+        s.r[i] = load(r + i * L::kUnits + lane);
+      }
+      s.carry = cut ? V(0) : load(carry + lane);
+      Cell::forward(s);
+      if (L::kHasCarry) store(carry + lane, s.carry);
+      store_first(y + lane, s.h, units - lane);
+      if (p.saved) {
+        T* slots = layout.saved_slots(p.saved, schedule.total(), panel, saved_row) + lane;
+        FASTSEQ_UNROLL for (int i = 0; i < Cell::kSlots; ++i)
+            store_padded(slots + i * L::kUnits, s.saved[i], units - lane);
+        if (L::kHasCarry)
+          store_padded(layout.saved_carry(p.saved, schedule.total(), panel, saved_row) + lane, s.carry, units - lane);
+      }
+      if (p.c_all.data)
+        store_first(schedule.template row<S>(p.c_all, t, b) + panel * L::kUnits + lane, s.carry, units - lane);
+      if (last) finish(index, panel * L::kUnits + lane, units - lane, s.h, s.carry);
+    }
+  }
+
+  const RecurrentParams& p;
+  const L layout;
+  const Schedule schedule;
+  const int64_t chunk_;  // steps whose input terms are projected at once; 1: each step computes its own
+  T* carry_;             // (panels, B, kUnits)
+  T* hoisted_;           // (panels, chunk * B, kWidth), null if chunk is 1
+  const S** pointers_;   // per thread: input rows of a chunk and hidden rows of a step
+  const HiddenRows<S> hidden_;
+};
+
+// Packs weights and biases into panels; see Layout for the order.
+template <class Cell, class S>
+void pack_panels(const RecurrentParams& p, void* panels) {
+  using L = Layout<Cell, S>;
+  struct Context {
+    const RecurrentParams& p;
+    L layout;
+    void* panels;
+  } context{p, L(p), panels};
+  const auto work = [](void* pointer, const Team& team) {
+    const auto& [p, layout, panels] = *(const Context*)pointer;
+    const auto pack = [&, &p = p, &layout = layout](int64_t panel, const void* weights, const void* biases,
+                                                    int64_t depth, int (*gate_of)(int), typename L::Element* out,
+                                                    typename L::T* bias_out) {
+      for (int term = 0; term < Cell::kTerms; ++term)
+        for (int64_t lane = 0; lane < L::kUnits; lane += L::kLanes) {
+          const int64_t row = gate_of(term) * layout.H + panel * L::kUnits + lane;
+          const int64_t units = max(0, layout.units(panel) - lane), column = term * L::kUnits + lane;
+          pack_column((const S*)weights + row * depth, depth, units, depth, out + column, L::kWidth);
+          store(bias_out + column, biases && units ? load_first((const S*)biases + row, units) : typename L::V(0));
+        }
+    };
+    for (int64_t panel = layout.panels * team.rank / team.size; panel < layout.panels * (team.rank + 1) / team.size;
+         ++panel) {
+      pack(
+          panel, p.w_ih, p.b_ih, layout.I, [](int i) { return Cell::input_gate(i); },
+          layout.input_panels(panels) + panel * layout.panel_stride(layout.I),
+          layout.input_bias(panels) + panel * L::kWidth);
+      pack(
+          panel, p.w_hh, p.b_hh, layout.H, [](int i) { return Cell::recurrent_gate(i); },
+          layout.recurrent_panels(panels) + panel * layout.panel_stride(layout.H),
+          layout.recurrent_bias(panels) + panel * L::kWidth);
+    }
+  };
+  const int64_t bytes = context.layout.panels_bytes();
+  parallel(int(max(1, min(p.threads, min(context.layout.panels, bytes >> 18)))), work, &context);
+}
+
+}  // namespace fastseq::FASTSEQ_ISA
