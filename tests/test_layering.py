@@ -35,6 +35,20 @@ MAY_IMPORT = {
 }
 # The files that may import the extension.
 BINDINGS = {"backends/native.py", "backends/cuda/library.py"}
+# What each room of csrc may include beside its own files and those of csrc itself.
+MAY_INCLUDE = {
+    "math": set(),
+    "rows": {"math"},
+    "cpu/base": set(),
+    "cpu/gemm": {"cpu/base"},
+    **{
+        f"cpu/{name}": {"math", "rows", "cpu/base", "cpu/gemm"}
+        for name in ("attention", "layer_norm", "linear", "recurrent")
+    },
+    "cpu": {"cpu/base"},
+    "cuda": {"math", "rows"},
+    "": {"math", "cpu/base"},
+}
 
 PYTHON_FILES = sorted(PACKAGE.rglob("*.py"))
 CXX_FILES = sorted(
@@ -150,6 +164,12 @@ def test_includes(path):
     assert ("#pragma omp" in path.read_text()) <= (str(inside) == "cpu/base/threads.cpp")
     if inside.parts[0] == "math":
         assert not [name for name in included if "/" in name], "math/ knows nothing but itself"
+    else:
+        ours = re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text(), re.M)
+        assert not [name for name in ours if not (CSRC / name).exists()], "includes name a file from csrc/ on"
+        room = inside.parent.as_posix().removeprefix(".")
+        rooms = {Path(name).parent.as_posix().removeprefix(".") for name in ours}
+        assert rooms <= MAY_INCLUDE[room] | {room, ""}
     if path.name.endswith("-inl.h"):
         standard = {name for name in included if re.fullmatch(r"[a-z_]+", name)}
         assert standard <= {"cstdint", "cstddef", "cstring", "type_traits", "utility"}, "weak symbols of std"
