@@ -1,14 +1,48 @@
-"""Calls of the attention kernels, forward and backward, on random inputs."""
+"""Calls of the attention kernels, forward and backward, on random inputs; and what a call may ask for."""
 
 from __future__ import annotations
 
+import itertools
+
+import pytest
 import torch
 
 from fastseq import backends
+from fastseq.tools.verify.attention import MASK_AXES
 
 native = backends.select("attention")
 
 NAMES = ("dq", "dk", "dv", "dbias")
+
+# Options of a case of fastseq.tools.verify.attention.
+OPTIONS = (
+    {},
+    {"is_causal": True, "heads_inside": True},
+    {"is_causal": True, "lower_right": True, "lse": True},
+    {"bool_mask": "BLS"},
+    {"float_mask": "NLS", "heads_inside": True},
+    {"float_mask": "BS", "is_causal": True},
+    {"float_mask": "BNLS", "lengths": "k"},
+    {"window": (5, 2)},
+    {"window": (17, None), "is_causal": True, "lower_right": True, "bool_mask": "S"},
+    {"lengths": "qk", "lse": True},
+    {"lengths": "qk", "packed": True, "is_causal": True},
+    {"lengths": "qk", "packed": True, "lower_right": True, "window": (9, 1), "alibi": True, "dropout_p": 0.5},
+    {"softcap": 2.0, "logits": 4.0},
+    {"alibi": True, "is_causal": True},
+    {"dropout_p": 0.2},
+    {
+        "float_mask": "BNLS", "bool_mask": "LS", "lengths": "qk", "is_causal": True, "lower_right": True,
+        "window": (40, 0), "softcap": 3.0, "alibi": True, "dropout_p": 0.1, "lse": True,
+    },
+)  # fmt: skip
+
+# The axes of (B, N, L, S) that a mask has whole; it is of size 1 along the others.
+WHOLE_AXES = [axes for n in range(5) for axes in itertools.combinations(range(4), n)]
+each_bias = pytest.mark.parametrize(
+    "whole", WHOLE_AXES, ids=lambda axes: "".join(MASK_AXES[a] for a in axes) or "scalar"
+)
+each_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
 
 
 def heads(B, N, rows, dim, dtype):
@@ -25,10 +59,14 @@ def make(B, N, Nk, L, S, D, E, dtype, bias_shape=None, **options):
     return inputs, options
 
 
-def run(inputs, options):
+def run(inputs, options, backend=native):
     """Outputs and gradients by name."""
     q, k, v, dout, dlse = inputs
-    out, lse = native.attention_forward(q, k, v, return_lse=True, **options)
-    gradients = native.attention_backward(q, k, v, out, lse, dout, dlse=dlse, needs=[True] * 4, **options)
+    out, lse = backend.attention_forward(q, k, v, return_lse=True, **options)
+    gradients = backend.attention_backward(q, k, v, out, lse, dout, dlse=dlse, needs=[True] * 4, **options)
     results = {"out": out, "lse": lse, **dict(zip(NAMES, gradients, strict=True))}
     return {name: t for name, t in results.items() if t is not None}
+
+
+def bias_of(whole, sizes):
+    return torch.randn([size if axis in whole else 1 for axis, size in enumerate(sizes)])

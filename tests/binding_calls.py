@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from cases import CELLS
 
 from fastseq import backends
+from fastseq.ops import CELLS
 
 native = backends.select("recurrent")
 
@@ -13,7 +13,7 @@ T, B, I, H = 7, 5, 9, 11  # noqa: E741
 
 
 def make_weights(cell, dtype=torch.float32, bias=True):
-    rows = CELLS[cell] * H
+    rows = len(CELLS[cell].gates) * H
     shapes = (rows, I), (rows, H), (rows,), (rows,)
     weights = tuple(torch.empty(shape, dtype=dtype).uniform_(-0.3, 0.3) for shape in shapes)
     return weights if bias else (*weights[:2], None, None)

@@ -14,17 +14,19 @@ import pytest
 import torch
 
 from fastseq.reference import COMPUTATIONS, EPS, error_rule
+from fastseq.reference.torch_layout import torch_layers
 from fastseq.tools.verify import Comparison, Family, compare
 from fastseq.tools.verify.equivalent import permutations
 
 __all__ = [
-    "CELLS",
     "COMPUTATIONS",
     "CUDA_DTYPES",
     "DTYPES",
     "EPS",
+    "LENGTHS",
     "LONG",
     "LONG_SHAPES",
+    "RESET",
     "SHAPES",
     "SMALL_SHAPES",
     "TOLERANCES",
@@ -42,13 +44,17 @@ __all__ = [
     "random_inputs",
     "random_lengths",
     "random_reset",
+    "units",
 ]
 
 LONG = bool(os.environ.get("FASTSEQ_LONG"))  # set by `make test-long`: all of what `make test` takes a sample of
 
-CELLS = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}  # and their numbers of gates
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # of the kernels on the CPU
 CUDA_DTYPES = (*DTYPES, torch.float16)
+
+# Of T = 4 steps and B = 3 rows, for gradcheck.
+LENGTHS = [2, 0, 4]
+RESET = torch.tensor([[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=torch.bool)
 
 
 def _each(dtypes: tuple[torch.dtype, ...]) -> pytest.MarkDecorator:
@@ -120,15 +126,31 @@ TOLERANCES = {
     "float32": Tolerance(rtol=1e-5, atol=1e-5),
     # Two computations in float64 that sum in different orders.
     "float64": Tolerance(rtol=1e-11, atol=1e-12),
+    # Two kernels of ours in float64, whose sums are nearly the same.
+    "float64, the same sums": Tolerance(rtol=1e-12, atol=1e-12),
     # Storage types: results rounded to 11 and 8 bits, here and there.
     "float16": Tolerance(rtol=4e-3, atol=4e-3),
     "bfloat16": Tolerance(rtol=2e-2, atol=2e-2),
     # Central differences in float64 with a step of 1e-5: the step's square, and eps over the step.
     "finite difference": Tolerance(rtol=1e-7, atol=1e-8),
+    # The fuzz of malformed calls: inputs of any scale, so that much cancels.
+    "fuzz float32": Tolerance(rtol=1e-4, atol=1e-4),
+    "fuzz float64": Tolerance(rtol=1e-9, atol=1e-9),
+    "fuzz float16": Tolerance(rtol=2e-2, atol=2e-2),
+    "fuzz bfloat16": Tolerance(rtol=6e-2, atol=6e-2),
+    # Hugging Face's small models in float32, with our attention and with theirs.
+    "whole models": Tolerance(rtol=0, atol=1e-4),
+    # Printed losses have four decimals; the rest is float32 sums in another order, over a few updates.
+    "printed losses": Tolerance(rtol=0, atol=2e-4),
     # Before a time is taken: each tensor divided by its largest value, against torch in float32.
     "benchmark float32": Tolerance(rtol=0, atol=1e-5),
     "benchmark bfloat16": Tolerance(rtol=0, atol=1e-2),
 }
+
+
+def units(count: int, dtype: torch.dtype) -> Tolerance:
+    """So many units in the last place of a dtype."""
+    return Tolerance(*[count * torch.finfo(dtype).eps] * 2)
 
 
 def assert_close(result: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: str = "float64") -> None:
@@ -174,18 +196,19 @@ def random_inputs(cell: str, shape: Shape, seed: int = 0) -> dict[str, np.ndarra
     """
     B, T, I, H = shape  # noqa: E741
     rng = np.random.default_rng([seed, *shape])
-    k = H**-0.5
+    layer, k = torch_layers()[cell], H**-0.5
+    G = layer.gates
     inputs = {
         "x": rng.standard_normal((T, B, I)),
         "h_0": rng.standard_normal((B, H)),
-        "w_ih": rng.uniform(-k, k, (CELLS[cell] * H, I)),
-        "w_hh": rng.uniform(-k, k, (CELLS[cell] * H, H)),
-        "b_ih": rng.uniform(-k, k, CELLS[cell] * H),
-        "b_hh": rng.uniform(-k, k, CELLS[cell] * H),
+        "w_ih": rng.uniform(-k, k, (G * H, I)),
+        "w_hh": rng.uniform(-k, k, (G * H, H)),
+        "b_ih": rng.uniform(-k, k, G * H),
+        "b_hh": rng.uniform(-k, k, G * H),
         "dy": rng.standard_normal((T, B, H)),
         "dh_n": rng.standard_normal((B, H)),
     }
-    if cell == "lstm":
+    if "c" in layer.states:
         inputs |= {
             "c_0": rng.standard_normal((B, H)),
             "dc_n": rng.standard_normal((B, H)),

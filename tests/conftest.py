@@ -13,6 +13,8 @@ import torch
 from fastseq import backends
 
 ROOT = Path(__file__).parent.parent
+# So that a failed assert of what the tests share shows its values, as one of a test does.
+pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).parent.glob("*.py")))
 if torch.cuda.is_available():
     os.environ["FASTSEQ_CUDA"] = "on"  # for test_cuda_recurrent.py; tensors of the CPU never take those kernels
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cases import TOLERANCES, Tolerance
 from malformed_call import Call, checked
 from malformed_calls import is_packed, random_call
 
@@ -38,7 +39,6 @@ ATTENTION = (
 )
 # For a query that sees no key the fast path of torch's modules gives NaN and the other 0; ours give one of the two.
 ROWS_OF_NOTHING = ATTENTION[2:]
-TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 
 
 # ---- arguments as trees: dicts, lists, tuples and packed sequences of leaves
@@ -215,6 +215,11 @@ def not_finite(arguments: Any) -> bool:
     return False
 
 
+def tolerance_of(dtype: torch.dtype) -> Tolerance:
+    """What is not a float must be equal."""
+    return TOLERANCES.get(f"fuzz {str(dtype).removeprefix('torch.')}", Tolerance(0, 0))
+
+
 def difference(ours: Any, wanted: Any, spreads: bool = False) -> str | None:
     ours, wanted = tensors_of(ours), tensors_of(wanted)
     if len(ours) != len(wanted):
@@ -227,7 +232,7 @@ def difference(ours: Any, wanted: Any, spreads: bool = False) -> str | None:
         if a.is_meta or a.is_sparse:
             continue
         a, b = (torch.Tensor.detach(t).as_subclass(torch.Tensor) for t in (a, b))
-        tolerance = max(TOLERANCES.get(a.dtype, 0.0), TOLERANCES.get(b.dtype, 0.0))
+        rtol, atol = max(tolerance_of(a.dtype), tolerance_of(b.dtype))
         half = {torch.bfloat16, torch.float16} & {a.dtype, b.dtype}
         a, b = a.double(), b.double()
         known = b.isfinite() & (b.abs() < 1e6)
@@ -236,7 +241,7 @@ def difference(ours: Any, wanted: Any, spreads: bool = False) -> str | None:
         size = b.abs().nan_to_num(0)
         if half and known.any():  # torch's own rounding of what cancels is as large as what it is the rest of
             size = b.abs()[known].max()
-        far = ((a - b).abs() > tolerance * (1 + size)) | ~a.isfinite()
+        far = ((a - b).abs() > atol + rtol * size) | ~a.isfinite()
         if (far & known).any():
             return f"differs by {(a - b).abs()[known].max()}"
     return None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from malformed_call import DTYPES, Call, odds, some, with_parameters
+from models import FUNCTIONS
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
 
-GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
+CELLS = {name.upper(): cell for name, cell in FUNCTIONS.items()}
 
 
 def recurrent_sizes(rng):
@@ -23,7 +24,7 @@ def lengths_of(rng, count, most):
 
 
 def module_call(rng):
-    name = some(rng, *GATES)
+    name = some(rng, *CELLS)
     T, B, I, H = recurrent_sizes(rng)  # noqa: E741
     dtype = some(rng, *DTYPES)
     options = {
@@ -155,9 +156,9 @@ def unrolled_module(name, module, x, hx, lengths, reset):
 
 
 def function_call(rng):
-    name = some(rng, *GATES)
+    name = some(rng, *CELLS)
     T, B, I, H = recurrent_sizes(rng)  # noqa: E741
-    dtype, gates = some(rng, *DTYPES), GATES[name]
+    dtype, gates = some(rng, *DTYPES), len(CELLS[name].gates)
     make = torch.Generator().manual_seed(rng.randrange(2**31))
 
     def normal(*shape):
@@ -199,9 +200,9 @@ def track(arguments, trains):
 
 
 def cell_call(rng):
-    name, as_module = some(rng, *GATES), odds(rng, 0.5)
+    name, as_module = some(rng, *CELLS), odds(rng, 0.5)
     _, B, I, H = recurrent_sizes(rng)  # noqa: E741
-    dtype, gates = some(rng, *DTYPES), GATES[name]
+    dtype, gates = some(rng, *DTYPES), len(CELLS[name].gates)
     make = torch.Generator().manual_seed(rng.randrange(2**31))
 
     def normal(*shape):

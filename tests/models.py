@@ -1,9 +1,10 @@
 """The sequence modules under test: made, called and compared in the same way everywhere."""
 
 import torch
-from cases import TOLERANCES
+from cases import TOLERANCES, Tolerance
 
 import fastseq
+from fastseq import ops
 
 MODULES = {
     "rnn_tanh": fastseq.RNN,
@@ -11,6 +12,8 @@ MODULES = {
     "lstm": fastseq.LSTM,
     "gru": fastseq.GRU,
 }
+# The functions of one layer, fastseq.<name> and fastseq.<name>_cell, and what they run.
+FUNCTIONS = {"rnn": ops.CELLS["rnn_tanh"], "lstm": ops.CELLS["lstm"], "gru": ops.CELLS["gru"]}
 # (ours, torch's)
 SEQUENCES = [
     (fastseq.RNN, torch.nn.RNN),
@@ -66,5 +69,6 @@ def gradients(outputs, inputs):
 
 
 def assert_close(result, expected, tolerance="float64"):
-    rtol, atol = TOLERANCES[tolerance]
+    """Within a row of the table, or within a tolerance that is derived."""
+    rtol, atol = tolerance if isinstance(tolerance, Tolerance) else TOLERANCES[tolerance]
     torch.testing.assert_close(result, expected, rtol=rtol, atol=atol)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import assert_close
-from torch.testing._internal.common_methods_invocations import op_db
+from sdpa_calls import OPINFO, SLOPES, check, given, gradients, make
 
 import fastseq
 from fastseq.ops.attention import formula
@@ -19,41 +19,7 @@ sdpa = fastseq.scaled_dot_product_attention
 both_routes = pytest.mark.usefixtures("route")
 
 
-def make(*shape, dtype=torch.float64, requires_grad=True):
-    return torch.randn(*shape, dtype=dtype, requires_grad=requires_grad)
-
-
-def given(outputs):
-    """The gradients of outputs, the same on every call."""
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
-
-
-def gradients(outputs, inputs):
-    """Gradients of a weighted sum of all finite outputs."""
-    pairs = zip(outputs, given(outputs), strict=True)
-    loss = sum((torch.where(o.isfinite(), o, 0) * weight.to(o.dtype)).sum() for o, weight in pairs)
-    return torch.autograd.grad(loss, inputs)
-
-
-def check(arguments, options, layout=False):
-    """The result, with and without autograd, and the gradients of both functions."""
-    inputs = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
-    results = []
-    for function in (sdpa, F.scaled_dot_product_attention):
-        out = function(*arguments, **options)
-        with torch.no_grad():
-            alone = function(*arguments, **options)
-        results.append([out, alone, *gradients([out], inputs)])
-    assert_close(*results)
-    if layout:
-        assert [r.stride() for r in results[0][:2]] == [r.stride() for r in results[1][:2]]
-
-
 # ---- as torch
-
-
-OPINFO = next(op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention")
 
 
 @both_routes
@@ -321,7 +287,6 @@ def by_reference(q, k, v, mask=None, **options):
     return [torch.from_numpy(a) for a in results]
 
 
-SLOPES = torch.tensor([0.5, 0.1, 0.3, 0.7])
 ALLOWED = torch.rand(2, 1, 5, 7, generator=torch.Generator().manual_seed(3)) < 0.8
 LOWER_RIGHT = {"is_causal": True, "lower_right": True}
 BEYOND = [

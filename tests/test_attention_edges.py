@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from models import assert_close
 from observers import Marked
-from test_attention import SLOPES, check, gradients, make
+from sdpa_calls import SLOPES, check, gradients, make
 
 import fastseq
 from fastseq.ops.attention import formula

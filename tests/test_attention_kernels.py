@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import subprocess
 from dataclasses import replace
 
+import attention_checks
 import cases
-import numpy as np
 import pytest
 import torch
-from attention_calls import NAMES, heads, make, run
+from attention_calls import bias_of, each_bias, heads, make, run
 from cases import DTYPES, each_dtype
-from torch.nn.functional import scaled_dot_product_attention
 
 from fastseq.tools.verify import attention
 from fastseq.tools.verify.attention import Case, kernel_results
@@ -32,11 +31,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-def check(case: Case, dtype: torch.dtype, **replaced: torch.Tensor) -> None:
-    """Every instruction set on a case, with some of its inputs replaced."""
-    found = cases.check(attention.FAMILY, native, case, dtype, **replaced)
-    for inference, training in zip(found[::2], found[1::2], strict=True):
-        assert np.array_equal(inference.results["out"], training.results["out"]), f"{training.isa}, {case}"
+check = functools.partial(attention_checks.check, native)
 
 
 # ---- sizes
@@ -105,16 +100,6 @@ def test_boolean_mask(dtype):
             check(Case(2, 2, 2, L, 65, 16, 16, bool_mask=axes), dtype)
         strided = (torch.rand(65, L, 2, 2) < 0.7).permute(3, 2, 1, 0)
         check(Case(2, 2, 2, L, 65, 16, 16, bool_mask="BNLS"), dtype, allowed=strided)
-
-
-AXES = [axes for n in range(5) for axes in itertools.combinations(range(4), n)]
-each_bias = pytest.mark.parametrize(
-    "whole", AXES, ids=lambda axes: "".join(attention.MASK_AXES[a] for a in axes) or "scalar"
-)
-
-
-def bias_of(whole, sizes):
-    return torch.randn([size if axis in whole else 1 for axis, size in enumerate(sizes)])
 
 
 @each_dtype
@@ -206,37 +191,14 @@ def test_large_scores(L, dtype):
 @each_dtype
 @pytest.mark.parametrize("L", [2, 65])
 def test_masked_rows(L, dtype):
-    """A query that sees nothing: 0, -inf, no gradient."""
-    inputs, options = make(1, 1, 1, L, 129, 16, 16, dtype)
-    allowed = torch.ones(1, 1, L, 129, dtype=torch.bool)
-    allowed[:, :, 1] = False
-    bias = torch.zeros(1, 1, L, 129, dtype=dtype).masked_fill(~allowed, -torch.inf)
-    for mask in ({"allowed": allowed}, {"bias": bias}):
-        results = run(inputs, options | mask)
-        assert (results["out"][:, :, 1] == 0).all()
-        assert (results["lse"][:, :, 1] == -torch.inf).all()
-        assert (results["dq"][:, :, 1] == 0).all()
-        assert all(t.isfinite().all() for name, t in results.items() if name != "lse")
+    attention_checks.masked_rows(native, L, dtype)
 
 
 @pytest.mark.parametrize("L", [2, 65])
 @pytest.mark.parametrize("name", ["q", "k", "v", "bias"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_not_finite(L, name, value):
-    """NaN and inf come out where torch has them."""
-    (q, k, v, dout, _), options = make(1, 1, 1, L, 129, 16, 16, torch.float32, bias_shape=(1, 1, L, 129))
-    tensors = {"q": q, "k": k, "v": v, "bias": options.pop("bias").clone()}
-    tensors[name][0, 0, 1, 3] = value
-    bias = tensors.pop("bias")
-    inputs = *tensors.values(), dout, torch.zeros(1, 1, L, dtype=torch.float64)
-    results = run(inputs, options | {"bias": bias})
-    leaves = [t.requires_grad_() for t in (*tensors.values(), bias)]
-    expected = scaled_dot_product_attention(*leaves[:3], attn_mask=leaves[3])
-    gradients = torch.autograd.grad(expected, leaves, dout)
-    assert torch.equal(results["out"].isnan(), expected.isnan())
-    if value is not torch.inf:  # torch's backward of an infinite score depends on the kernel it takes
-        for n, g in zip(NAMES, gradients, strict=True):
-            assert torch.equal(results[n].isnan(), g.isnan()), n
+    attention_checks.not_finite(native, L, name, value)
 
 
 @each_dtype

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import attention_checks
 import pytest
 import torch
-from attention_calls import NAMES, make, run
 from cases import each_dtype
 
 from fastseq.backends.contract import Refused
@@ -17,170 +17,43 @@ def seed():
     torch.manual_seed(0)
 
 
-# ---- layouts
-
-
 @each_dtype
 @pytest.mark.parametrize("L", [2, 65])
 def test_strides(L, dtype):
-    """(B, L, N, D) storage, slices of a wider tensor, expanded heads: the same bits, and q's order of axes."""
-    inputs, options = make(2, 3, 3, L, 70, 20, 12, dtype, right=0)
-    expected = run(inputs, options)
-    transposed = tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs)
-    wide = tuple(torch.nn.functional.pad(t, (0, 3, 1, 2), value=torch.nan)[:, :, 1:-2, :-3] for t in inputs[:4])
-    for other in (transposed, (*wide, inputs[4])):
-        results = run(other, options)
-        for name in expected:
-            assert torch.equal(results[name], expected[name]), name
-    assert run(transposed, options)["dq"].transpose(1, 2).is_contiguous()
-    one = tuple(t[:, :1].expand_as(t) for t in inputs)
-    results = run(one, options)
-    for name, result in run(tuple(t.contiguous() for t in one), options).items():
-        assert torch.equal(results[name], result), name
+    attention_checks.strides(native, L, dtype)
 
 
 def test_output_into_a_view():
-    (q, k, v, _, _), options = make(2, 3, 3, 65, 65, 16, 16, torch.float32)
-    out = torch.full((2, 65, 3, 20), torch.nan)
-    view = out[..., :16].transpose(1, 2)
-    assert native.attention_forward(q, k, v, out=view, **options)[0] is view
-    assert torch.equal(view, native.attention_forward(q, k, v, **options)[0])
-    assert out[..., 16:].isnan().all()
+    attention_checks.output_into_a_view(native)
 
 
 @each_dtype
 @pytest.mark.parametrize("most", [3, 129])
 def test_packed_batch(most, dtype):
-    """Sequences after each other give the bits of a padded batch, with the same draws of dropout."""
-    q_lengths, k_lengths = torch.tensor([most, 0, 2, most - 1]), torch.tensor([5, 129, 0, 64])
-    inputs, options = make(
-        4, 4, 2, most, 129, 16, 24, dtype, q_lengths=q_lengths, k_lengths=k_lengths, right=0, lower_right=True,
-        dropout_p=0.1, seed=7,
-    )  # fmt: skip
-    expected = run(inputs, options)
-
-    def pack(t, lengths):
-        return torch.cat([row[:, :length] for row, length in zip(t, lengths, strict=True)], dim=1)[None]
-
-    q, k, v, dout, dlse = inputs
-    packed = pack(q, q_lengths), pack(k, k_lengths), pack(v, k_lengths), pack(dout, q_lengths), pack(dlse, q_lengths)
-    starts = {"q_starts": q_lengths.cumsum(0) - q_lengths, "k_starts": k_lengths.cumsum(0) - k_lengths}
-    results = run(packed, options | starts | {"max_q": most, "max_k": 129})
-    for name, result in results.items():
-        assert torch.equal(result, pack(expected[name], k_lengths if name in ("dk", "dv") else q_lengths)), name
+    attention_checks.packed_batch(native, most, dtype)
 
 
 def test_rows_of_no_sequence_are_zero():
-    inputs, options = make(1, 2, 2, 10, 10, 16, 16, torch.float32)
-    lengths, starts = torch.tensor([3, 2]), torch.tensor([1, 6])
-    keywords = {"q_lengths": lengths, "k_lengths": lengths, "q_starts": starts, "k_starts": starts}
-    results = run(inputs, options | keywords | {"max_q": 4, "max_k": 4})
-    for result in results.values():
-        assert (result[:, :, [0, 4, 5, 8, 9]] == 0).all()
-        assert (result[:, :, [1, 2, 3, 6, 7]] != 0).all()
-
-
-# ---- what comes back
+    attention_checks.rows_of_no_sequence_are_zero(native)
 
 
 def test_only_the_gradients_that_are_needed():
-    inputs, options = make(1, 2, 2, 65, 65, 16, 16, torch.float32, bias_shape=(1, 1, 65, 65))
-    expected = run(inputs, options)
-    q, k, v, dout, dlse = inputs
-    for index in range(4):
-        gradients = native.attention_backward(
-            q, k, v, expected["out"], expected["lse"], dout, dlse=dlse, needs=[i == index for i in range(4)],
-            **options,
-        )  # fmt: skip
-        assert [g is not None for g in gradients] == [i == index for i in range(4)]
-        assert torch.equal(gradients[index], expected[NAMES[index]])
+    attention_checks.only_the_gradients_that_are_needed(native)
 
 
 @pytest.mark.parametrize("L", [2, 65])
 def test_lse_of_padding(L):
-    lengths = torch.tensor([L, 0, 1])
-    inputs, options = make(3, 2, 1, L, 65, 20, 12, torch.float32, q_lengths=lengths, k_lengths=lengths)
-    with native.filled_with_nan():
-        lse = run(inputs, options)["lse"]
-    assert lse[0].isfinite().all()
-    assert (lse[1] == -torch.inf).all()
-    assert lse[2, :, 0].isfinite().all()
-    assert (lse[2, :, 1:] == -torch.inf).all()
+    attention_checks.lse_of_padding(native, L)
 
 
-# ---- what is refused
-
-B, N, L, S, D = 2, 4, 5, 7, 8
-LENGTHS = torch.tensor([3, 5])
-PACKED = {"q": torch.zeros(1, N, 8, D), "q_lengths": LENGTHS, "q_starts": torch.tensor([0, 3]), "max_q": 5}
-BAD_ARGUMENTS = {
-    "q none": ({"q": None}, "q must"),
-    "q dtype": ({"q": torch.zeros(B, N, L, D, dtype=torch.float16)}, "q must"),
-    "q dimensions": ({"q": torch.zeros(N, L, D)}, "q must"),
-    "q 5 dimensions": ({"q": torch.zeros(1, B, N, L, D)}, "q must"),
-    "q stride": ({"q": torch.zeros(B, N, D, L).mT}, "q must"),
-    "q empty": ({"q": torch.zeros(B, N, 0, D)}, "q must"),
-    "k dtype": ({"k": torch.zeros(B, N, S, D).double()}, "k must"),
-    "k width": ({"k": torch.zeros(B, N, S, D + 1)}, "k must"),
-    "k batch": ({"k": torch.zeros(B + 1, N, S, D)}, "batch"),
-    "k heads": ({"k": torch.zeros(B, 3, S, D), "v": torch.zeros(B, 3, S, D)}, "heads of k"),
-    "v rows": ({"v": torch.zeros(B, N, S - 1, D)}, "v must"),
-    "v stride": ({"v": torch.zeros(B, N, D, S).mT}, "v must"),
-    "bias dtype": ({"bias": torch.zeros(B, N, L, S).double()}, "bias"),
-    "bias shape": ({"bias": torch.zeros(B, N, 2, S)}, "bias"),
-    "allowed dtype": ({"allowed": torch.zeros(B, N, L, S)}, "allowed"),
-    "allowed shape": ({"allowed": torch.zeros(L, 2, dtype=torch.bool)}, "allowed"),
-    "slopes dtype": ({"alibi_slopes": torch.zeros(B, N).double()}, "alibi_slopes"),
-    "slopes shape": ({"alibi_slopes": torch.zeros(N)}, "alibi_slopes"),
-    "lengths dtype": ({"q_lengths": LENGTHS.int()}, "q_lengths"),
-    "lengths shape": ({"q_lengths": LENGTHS[:1]}, "q_lengths"),
-    "lengths stride": ({"k_lengths": LENGTHS[:1].expand(2)}, "k_lengths"),
-    "lengths above L": ({"q_lengths": LENGTHS + 1}, "q_lengths"),
-    "lengths below 0": ({"k_lengths": LENGTHS - 4}, "k_lengths"),
-    "softcap": ({"softcap": -1.0}, "softcap"),
-    "softcap nan": ({"softcap": float("nan")}, "softcap"),
-    "dropout of 1": ({"dropout_p": 1.0}, "dropout_p"),
-    "dropout nan": ({"dropout_p": float("nan")}, "dropout_p"),
-    "max_q": ({"max_q": L - 1}, "max_q"),
-    "out shape": ({"out": torch.zeros(B, N, L, D + 1)}, "out"),
-    "out expanded": ({"out": torch.zeros(B, 1, L, D).expand(B, N, L, D)}, "overlap"),
-    "packed without lengths": (PACKED | {"q_lengths": None}, "q_lengths"),
-    "packed without max_q": (PACKED | {"max_q": None}, "max_q"),
-    "packed max_q": (PACKED | {"max_q": 9}, "max_q"),
-    "packed lengths": (PACKED | {"max_q": 4}, "q_lengths"),
-    "packed batch": (PACKED | {"q": torch.zeros(2, N, 8, D)}, "q must"),
-    "packed beyond": (PACKED | {"q_starts": torch.tensor([0, 4])}, "q_starts"),
-    "packed below": (PACKED | {"q_starts": torch.tensor([-1, 3])}, "q_starts"),
-    "packed overlap": (PACKED | {"q_starts": torch.tensor([0, 2])}, "q_starts"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+@pytest.mark.parametrize("name", attention_checks.BAD_ARGUMENTS)
 def test_bad_arguments(name):
-    changes, message = BAD_ARGUMENTS[name]
-    good = {"q": torch.zeros(B, N, L, D), "k": torch.zeros(B, N, S, D), "v": torch.zeros(B, N, S, D), "scale": 1.0}
-    with pytest.raises(Refused, match=message):
-        native.attention_forward(**good | changes)
+    attention_checks.bad_arguments(native, name)
 
 
-BAD_GRADIENTS = {
-    "out shape": ({"out": torch.zeros(B, N, L, D + 1)}, "out"),
-    "lse none": ({"lse": None}, "lse"),
-    "lse shape": ({"lse": torch.zeros(B, N, L - 1).double()}, "lse"),
-    "lse dtype": ({"lse": torch.zeros(B, N, L)}, "lse"),
-    "dout stride": ({"dout": torch.zeros(()).expand(B, N, L, D)}, "dout"),
-    "dlse shape": ({"dlse": torch.zeros(B, N, L, 1).double()}, "dlse"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_GRADIENTS)
+@pytest.mark.parametrize("name", attention_checks.BAD_GRADIENTS)
 def test_bad_gradients(name):
-    changes, message = BAD_GRADIENTS[name]
-    rows = torch.zeros(B, N, L, D)
-    good = {"q": rows, "k": torch.zeros(B, N, S, D), "v": torch.zeros(B, N, S, D), "out": rows, "dout": rows}
-    good |= {"lse": torch.zeros(B, N, L).double(), "bias": torch.zeros(B, N, L, S), "needs": [True] * 4, "scale": 1.0}
-    with pytest.raises(Refused, match=message):
-        native.attention_backward(**good | changes)
+    attention_checks.bad_gradients(native, name)
 
 
 def test_huge_sizes_are_refused():

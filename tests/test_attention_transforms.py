@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from models import assert_close
 from observers import Functions, Marked, Ops
-from test_attention import SLOPES, make
+from sdpa_calls import SLOPES, make
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jvp, vmap

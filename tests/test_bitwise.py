@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from cases import CELLS, DTYPES, each_dtype
+from cases import DTYPES, each_dtype
 
 import fastseq
 from fastseq import backends
+from fastseq.ops import CELLS
 from fastseq.tools.verify.recurrent import Case, make_inputs
 
 native = backends.select("recurrent")

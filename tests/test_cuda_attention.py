@@ -7,11 +7,10 @@ import cases
 import numpy as np
 import pytest
 import torch
-from attention_calls import make
+from attention_calls import bias_of, each_bias, each_option, make
 from cases import CUDA_DTYPES, each_cuda_dtype
 from cuda_device import DEVICE, cuda, ignore_first_use, tf32
-from test_attention_kernels import AXES
-from test_cuda_attention_on_host import OPTIONS, decoding_agrees, multihead_agrees, samples_agree
+from sdpa_calls import decoding_agrees, multihead_agrees, samples_agree
 from torch.autograd import gradcheck
 
 import fastseq
@@ -53,7 +52,7 @@ def test_every_case(dtype):
 
 
 @each_cuda_dtype
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+@each_option
 def test_odd_sizes(options, dtype):
     """Also what bench/cuda_check.sh runs under compute-sanitizer."""
     for shape in ((1, 1, 1, 1, 1, 1, 1), (2, 4, 2, 33, 65, 20, 12), (1, 2, 1, 65, 7, 33, 65), (1, 8, 1, 2, 600, 5, 7)):
@@ -79,10 +78,10 @@ def test_long(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("whole", AXES, ids=lambda axes: "".join(attention.MASK_AXES[a] for a in axes) or "scalar")
+@each_bias
 def test_bias_and_its_gradient(whole, dtype):
     B, N, L, S = sizes = (3, 4, 130, 150)
-    bias = torch.randn([size if axis in whole else 1 for axis, size in enumerate(sizes)]).to(dtype)
+    bias = bias_of(whole, sizes).to(dtype)
     check(Case(B, N, 2, L, S, 16, 16, float_mask="BNLS"), dtype, bias=bias)
 
 

@@ -1,30 +1,29 @@
 """The attention kernels of csrc/cuda, compiled by g++ and run on the CPU as in test_cuda_on_host.py: the comparison of
-`fastseq verify`, and checks of the CPU kernels' tests.
+`fastseq verify`, and what must hold of every backend.
 """
 
 from dataclasses import replace
+from functools import partial
 
-import attention_calls
+import attention_checks
 import pytest
-import test_attention_kernels as kernels
-import test_attention_native as binding
 import torch
-from attention_calls import NAMES, make, run
+from attention_calls import NAMES, bias_of, each_bias, each_option, make, run
 from cases import CUDA_DTYPES, each_cuda_dtype
-from test_attention import OPINFO
-from torch.nn.functional import scaled_dot_product_attention as torchs
+from models import assert_close
+from sdpa_calls import decoding_agrees, multihead_agrees, samples_agree
 
-import fastseq
 from fastseq import backends
 from fastseq.ops import Attention
 from fastseq.ops.attention.function import attend
-from fastseq.tools.verify import attention
 from fastseq.tools.verify.attention import Case
 
 if backends.select("attention") is None:
     pytest.skip("the kernels are not built", allow_module_level=True)
 
 from fastseq.backends import cuda
+
+check = partial(attention_checks.check, cuda)
 
 # Within a tile and beyond it, one and many, groups of heads, values of another size.
 SHAPES = {
@@ -33,74 +32,48 @@ SHAPES = {
     torch.bfloat16: ((2, 2, 1, 33, 65, 5, 7),),
     torch.float16: ((2, 2, 2, 65, 7, 7, 5),),
 }
-OPTIONS = (
-    {},
-    {"is_causal": True, "heads_inside": True},
-    {"is_causal": True, "lower_right": True, "lse": True},
-    {"bool_mask": "BLS"},
-    {"float_mask": "NLS", "heads_inside": True},
-    {"float_mask": "BS", "is_causal": True},
-    {"float_mask": "BNLS", "lengths": "k"},
-    {"window": (5, 2)},
-    {"window": (17, None), "is_causal": True, "lower_right": True, "bool_mask": "S"},
-    {"lengths": "qk", "lse": True},
-    {"lengths": "qk", "packed": True, "is_causal": True},
-    {"lengths": "qk", "packed": True, "lower_right": True, "window": (9, 1), "alibi": True, "dropout_p": 0.5},
-    {"softcap": 2.0, "logits": 4.0},
-    {"alibi": True, "is_causal": True},
-    {"dropout_p": 0.2},
-    {
-        "float_mask": "BNLS", "bool_mask": "LS", "lengths": "qk", "is_causal": True, "lower_right": True,
-        "window": (40, 0), "softcap": 3.0, "alibi": True, "dropout_p": 0.1, "lse": True,
-    },
-)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def on_host(cuda_on_host, monkeypatch):
-    """The emulation, also in the functions that come from the CPU kernels' tests."""
-    for module in (attention_calls, kernels, binding):
-        monkeypatch.setattr(module, "native", cuda)
+def on_host(cuda_on_host):
     torch.manual_seed(0)
     with cuda.use_emulation(cuda_on_host):
         yield
 
 
 @each_cuda_dtype
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+@each_option
 def test_every_option(options, dtype):
     for shape in SHAPES[dtype]:
-        kernels.check(Case(*shape, **options), dtype)
+        check(Case(*shape, **options), dtype)
 
 
 @each_cuda_dtype
 def test_sizes_about_a_tile(dtype):
     for S in (15, 16, 31, 32, 33, 63, 64):
-        kernels.check(Case(1, 1, 1, S, S + 1, 3, 2), dtype)
+        check(Case(1, 1, 1, S, S + 1, 3, 2), dtype)
 
 
 @pytest.mark.parametrize(("D", "E"), [(31, 33), (64, 128), (129, 63), (65, 257)])
 def test_widths(D, E):
     """Below and above the columns that a thread block holds, and a block of columns with little to do."""
     for dtype in (torch.float32, torch.float64):
-        kernels.check(Case(1, 1, 1, 7, 9, D, E), dtype)
+        check(Case(1, 1, 1, 7, 9, D, E), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize(
-    "whole", kernels.AXES, ids=lambda axes: "".join(attention.MASK_AXES[a] for a in axes) or "scalar"
-)
+@each_bias
 def test_bias_and_its_gradient(whole, dtype):
     sizes = (2, 2, 33, 35) if dtype == torch.float64 else (3, 4, 3, 66) if len(whole) % 2 else (2, 4, 66, 7)
-    bias = torch.randn([size if axis in whole else 1 for axis, size in enumerate(sizes)]).to(dtype)
+    bias = bias_of(whole, sizes).to(dtype)
     B, N, L, S = sizes
-    kernels.check(Case(B, N, 2, L, S, 5, 3, float_mask="BNLS", lengths="qk", lse=True), dtype, bias=bias)
+    check(Case(B, N, 2, L, S, 5, 3, float_mask="BNLS", lengths="qk", lse=True), dtype, bias=bias)
 
 
 @pytest.mark.parametrize("window", [(0, 0), (5, 3), (None, 7), (20, None), (-2, 9), (3, -3)])
 def test_window(window):
     for L, S, lower_right in ((2, 70, True), (33, 65, False), (65, 33, True)):
-        kernels.check(Case(1, 4, 2, L, S, 4, 4, window=window, lower_right=lower_right), torch.float32)
+        check(Case(1, 4, 2, L, S, 4, 4, window=window, lower_right=lower_right), torch.float32)
 
 
 @each_cuda_dtype
@@ -110,7 +83,7 @@ def test_parts_of_the_keys(N, L, S, dtype):
     plain = Case(2, N, 1, L, S, 5, 7)
     options = ({}, {"float_mask": "BS", "lengths": "k", "is_causal": True, "lower_right": True}, {"dropout_p": 0.3})
     for option in options if dtype == torch.float32 else options[1:2]:
-        kernels.check(replace(plain, **option), dtype)
+        check(replace(plain, **option), dtype)
 
 
 def test_lengths():
@@ -119,41 +92,41 @@ def test_lengths():
         plain = Case(4, 2, 1, max(queries), 70, 5, 3, lengths="qk")
         lengths = {"lengths_q": torch.tensor(queries), "lengths_k": keys}
         for options in ({}, {"is_causal": True, "lower_right": True, "lse": True}, {"window": (20, 4)}):
-            kernels.check(replace(plain, **options), torch.float32, **lengths)
+            check(replace(plain, **options), torch.float32, **lengths)
 
 
 def test_large_scores():
     for logits in (16.0, 60.0):
         for dtype in CUDA_DTYPES:
-            kernels.check(Case(1, 2, 1, 33, 130, 16, 16, logits=logits), dtype)
+            check(Case(1, 2, 1, 33, 130, 16, 16, logits=logits), dtype)
 
 
 @pytest.mark.parametrize("L", [2, 65])
 def test_rows_out_of_the_ordinary(L):
-    kernels.test_masked_rows(L, torch.float32)
+    attention_checks.masked_rows(cuda, L, torch.float32)
     for name in ("q", "k", "v", "bias"):
         for value in (torch.nan, torch.inf):
-            kernels.test_not_finite(L, name, value)
-    binding.test_lse_of_padding(L)
+            attention_checks.not_finite(cuda, L, name, value)
+    attention_checks.lse_of_padding(cuda, L)
 
 
 def test_layouts():
     for L in (2, 65):
-        binding.test_strides(L, torch.float32)
-    binding.test_output_into_a_view()
-    binding.test_packed_batch(3, torch.float16)
-    binding.test_packed_batch(129, torch.bfloat16)
-    binding.test_rows_of_no_sequence_are_zero()
-    binding.test_only_the_gradients_that_are_needed()
+        attention_checks.strides(cuda, L, torch.float32)
+    attention_checks.output_into_a_view(cuda)
+    attention_checks.packed_batch(cuda, 3, torch.float16)
+    attention_checks.packed_batch(cuda, 129, torch.bfloat16)
+    attention_checks.rows_of_no_sequence_are_zero(cuda)
+    attention_checks.only_the_gradients_that_are_needed(cuda)
 
 
 def test_what_must_not_reach_a_kernel():
-    for name in binding.BAD_ARGUMENTS:
+    for name in attention_checks.BAD_ARGUMENTS:
         if name != "q dtype":  # float16, which these kernels have
-            binding.test_bad_arguments(name)
-    for name in binding.BAD_GRADIENTS:
+            attention_checks.bad_arguments(cuda, name)
+    for name in attention_checks.BAD_GRADIENTS:
         if name != "out shape":  # these kernels do not read it
-            binding.test_bad_gradients(name)
+            attention_checks.bad_gradients(cuda, name)
 
 
 def test_any_order_of_threads(monkeypatch):
@@ -165,7 +138,7 @@ def test_any_order_of_threads(monkeypatch):
             results = []
             for order in ("rising", "falling"):
                 monkeypatch.setenv("EMULATION_ORDER", order)
-                results.append(run(inputs, options))
+                results.append(run(inputs, options, cuda))
             for name, result in results[1].items():
                 assert torch.equal(result, results[0][name]), name
 
@@ -180,68 +153,17 @@ def test_behind_autograd():
         leaves = [t.detach().clone().requires_grad_() for t in (q, k, v, bias)]
         out, lse = attend(call, backend, *leaves, None, want_lse=True)
         results.append([out, lse, *torch.autograd.grad((out, lse), leaves, (dout, dlse))])
-    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    assert_close(*results, "float64, the same sums")
 
 
 # ---- what people call
 
 
-def samples_agree(device):
-    """torch's own samples, in float64."""
-    count = 0
-    for sample in OPINFO.sample_inputs(device, torch.float64, requires_grad=True):
-        if sample.kwargs.get("dropout_p"):
-            continue  # another random stream
-        arguments = (sample.input, *sample.args)
-        leaves = [t for t in (*arguments, *sample.kwargs.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
-        results = []
-        for function in (fastseq.scaled_dot_product_attention, torchs):
-            out = function(*arguments, **sample.kwargs)
-            results.append([out, *torch.autograd.grad(out.sum(), leaves)])
-        torch.testing.assert_close(*results, equal_nan=True)
-        count += 1
-    assert count > 10
-
-
-def decoding_agrees(dtype, device):
-    """Token by token against a cache, with a row that is ahead of the other, as in one causal call."""
-    cache = fastseq.KVCache(2, 2, 16, capacity=4, dtype=dtype, device=device)
-    q, k, v = (torch.randn(2, heads, 9, 16).to(device, dtype) for heads in (8, 2, 2))
-    cache.append(k[:, :, :2], v[:, :, :2], lengths=[2, 1])
-    for t in range(2, 9):
-        now = [t, t - 1]
-        token_k, token_v = (torch.stack([x[row, :, at : at + 1] for row, at in enumerate(now)]) for x in (k, v))
-        cache.append(token_k, token_v)
-        token = torch.stack([q[row, :, at : at + 1] for row, at in enumerate(now)])
-        out = fastseq.scaled_dot_product_attention(
-            token, cache.keys, cache.values, lengths_k=cache.lengths, causal="lower_right", enable_gqa=True
-        )
-    whole = torchs(q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True)
-    expected = torch.stack([whole[row, :, at : at + 1] for row, at in enumerate(now)])
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(out.double(), expected, rtol=4 * eps, atol=4 * eps)
-
-
-def multihead_agrees(device):
-    """The module, with and without masks."""
-    options = {"batch_first": True, "device": device, "dtype": torch.float64}
-    theirs, ours = (source.MultiheadAttention(32, 4, **options) for source in (torch.nn, fastseq))
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(3, 17, 32, dtype=torch.float64).to(device).requires_grad_()
-    masks = {"key_padding_mask": torch.rand(3, 17) < 0.3, "attn_mask": torch.randn(17, 17).double()}
-    for names in ((), ("key_padding_mask",), ("attn_mask",)):
-        given = {name: masks[name].to(device) for name in names}
-        results = []
-        for module in (ours, theirs):
-            out = module(x, x, x, need_weights=False, **given)[0]
-            results.append([out, *torch.autograd.grad(out.cos().sum(), (x, *module.parameters()))])
-        torch.testing.assert_close(*results)
-
-
 @pytest.fixture
 def called(monkeypatch):
     """Sends calls on tensors of the CPU to the emulation. Returns the names of the functions that were called."""
-    monkeypatch.setattr(backends, "select", lambda op, *_: cuda if op in cuda.SERVES else None)
+    for select in ("select", "select_for"):
+        monkeypatch.setattr(backends, select, lambda op, *_: cuda if op in cuda.SERVES else None)
     names = []
 
     def record(name):
@@ -279,7 +201,7 @@ def test_a_wrong_result_is_seen(monkeypatch):
 
     monkeypatch.setattr(cuda, "attention_backward", damaged)
     with pytest.raises(AssertionError, match="Verdict"):
-        kernels.check(Case(1, 1, 1, 33, 33, 5, 5, is_causal=True), torch.float32)
+        check(Case(1, 1, 1, 33, 33, 5, 5, is_causal=True), torch.float32)
 
 
 def test_unknown_keywords():

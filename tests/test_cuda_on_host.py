@@ -7,12 +7,11 @@ import cases
 import numpy as np
 import pytest
 import torch
-from cases import CELLS, assert_close
+from cases import assert_close
 
 from fastseq import backends
 from fastseq.backends.contract import Refused
-from fastseq.ops import CELLS as CELL_SPECS
-from fastseq.ops import Layer, RecurrentFunction, StepFunction
+from fastseq.ops import CELLS, Layer, RecurrentFunction, StepFunction
 from fastseq.ops.lengths import packed_rows, padded_rows
 from fastseq.tools.verify import FAMILIES
 from fastseq.tools.verify.recurrent import Case, kernel_results, make_inputs
@@ -85,10 +84,10 @@ def test_a_layer_in_two_directions(cell, rows):
     x = torch.randn(12, 3, dtype=torch.float64) if rows == "packed" else torch.randn(5, 5, 3, dtype=torch.float64)
     rows = packed_rows(torch.tensor([5, 3, 2, 1, 1])) if rows == "packed" else None
     rows = padded_rows(lengths, 5, 5, x.device) if lengths is not None else rows
-    spec = CELL_SPECS[cell]
+    spec = CELLS[cell]
     layer = Layer(spec, (False, True), rows, every_state=bool(spec.states))
     states = [torch.randn(2, 5, 7, dtype=torch.float64) for _ in ("h", *spec.states)]
-    gates = 7 * CELLS[cell]
+    gates = 7 * len(spec.gates)
     weights = [
         torch.randn(size, dtype=torch.float64) for _ in range(2) for size in ((gates, 3), (gates, 7), gates, gates)
     ]
@@ -105,7 +104,7 @@ def test_a_layer_in_two_directions(cell, rows):
 @pytest.mark.parametrize("cell", ["rnn_relu", "lstm", "gru"])
 def test_a_step(cell):
     inputs = make_inputs(cell, Case(1, 17, 9, 33), torch.float64)
-    spec = CELL_SPECS[cell]
+    spec = CELLS[cell]
     states = (inputs.h_0, inputs.c_0)[: 1 + len(spec.states)]
     tensors = [a.requires_grad_() for a in (inputs.x[0], *states, *inputs.weights)]
     results = []

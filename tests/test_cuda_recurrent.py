@@ -5,15 +5,16 @@ has: streams, devices, graphs, TF32. Where there is none, tests/test_cuda_on_hos
 import cases
 import pytest
 import torch
-from cases import CELLS, LONG_SHAPES, SHAPES
+from cases import LENGTHS, LONG_SHAPES, RESET, SHAPES
 from cuda_device import DEVICE, cuda, ignore_first_use, tf32
-from test_gradients import GATES, LENGTHS, RESET, flatten
-from test_module_info import each, samples_agree
+from models import flat
 from torch.autograd import gradcheck
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch_samples import each_recurrent, samples_agree
 
 import fastseq
 from fastseq import backends
+from fastseq.ops import CELLS
 from fastseq.tools.verify import FAMILIES
 from fastseq.tools.verify.recurrent import Case
 
@@ -89,7 +90,7 @@ def module_and_input(name, T=7, B=5, I=9, H=33, dtype=torch.float32, **options):
 
 def results_of(module, x, **options):
     """Outputs and all gradients."""
-    outputs = flatten(module(x, **options))
+    outputs = flat(module(x, **options))
     inputs = [x, *module.parameters()]
     return [*outputs, *torch.autograd.grad(outputs, inputs, [torch.ones_like(a) for a in outputs])]
 
@@ -130,20 +131,20 @@ def test_gradcheck(name, options):
     names, weights = zip(*module.named_parameters(), strict=True)
 
     def call(x, *weights):
-        return flatten(torch.func.functional_call(module, dict(zip(names, weights, strict=True)), x, options))
+        return flat(torch.func.functional_call(module, dict(zip(names, weights, strict=True)), x, options))
 
     assert gradcheck(call, (x, *weights))
 
 
-@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("name", MODULES)
 def test_gradcheck_of_cells(name):
     torch.manual_seed(0)
-    module = getattr(fastseq, f"{name.upper()}Cell")(2, 5, device=DEVICE, dtype=torch.float64)
+    module = getattr(fastseq, f"{name}Cell")(2, 5, device=DEVICE, dtype=torch.float64)
     x = torch.randn(3, 2, device=DEVICE, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda x, *_: flatten([module(x)]), (x, *module.parameters()))
+    assert gradcheck(lambda x, *_: flat(module(x)), (x, *module.parameters()))
 
 
-@each
+@each_recurrent
 def test_samples_of_torch(ours, torchs):
     samples_agree(ours, torchs, DEVICE)
 
@@ -166,12 +167,12 @@ def test_an_empty_batch_is_torchs(name):
     module, x = module_and_input(name, B=0)
     reference = getattr(torch.nn, name)(9, 33, device=DEVICE)
     try:
-        expected = flatten(reference(x))
+        expected = flat(reference(x))
     except RuntimeError as error:
         with pytest.raises(RuntimeError, match=str(error)[:20].replace("(", r"\(")):
             module(x)
     else:
-        assert [a.shape for a in flatten(module(x))] == [a.shape for a in expected]
+        assert [a.shape for a in flat(module(x))] == [a.shape for a in expected]
 
 
 @pytest.mark.parametrize("name", MODULES)

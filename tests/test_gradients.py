@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from cases import LENGTHS, RESET
+from models import FUNCTIONS, flat
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastseq
@@ -11,9 +13,6 @@ if backends.select("recurrent") is None:
     pytest.skip("the kernels are not built", allow_module_level=True)
 
 T, B, I, H = 4, 3, 2, 5  # noqa: E741
-GATES = {"rnn": 1, "lstm": 4, "gru": 3}
-LENGTHS = [2, 0, 4]
-RESET = torch.tensor([[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=torch.bool)
 
 
 def random(*shape):
@@ -22,20 +21,16 @@ def random(*shape):
 
 def arguments(cell, *leading):
     torch.manual_seed(0)
-    gates = GATES[cell] * H
-    states = [random(B, H) for _ in range(2 if cell == "lstm" else 1)]
+    spec = FUNCTIONS[cell]
+    gates = len(spec.gates) * H
+    states = [random(B, H) for _ in ("h", *spec.states)]
     return random(*leading, B, I), *states, random(gates, I), random(gates, H), random(gates), random(gates)
-
-
-def flatten(results):
-    return [a for result in results for a in (result if isinstance(result, tuple) else (result,))]
 
 
 def function_of(cell, name, **options):
     def call(x, h, *rest):
         state, weights = ((h, rest[0]), rest[1:]) if cell == "lstm" else (h, rest)
-        results = getattr(fastseq, name)(x, state, *weights, **options)
-        return flatten(results if isinstance(results, tuple) else (results,))
+        return flat(getattr(fastseq, name)(x, state, *weights, **options))
 
     return call
 
@@ -43,7 +38,7 @@ def function_of(cell, name, **options):
 @pytest.mark.parametrize("options", [{}, {"lengths": LENGTHS}, {"reset": RESET}, {"lengths": LENGTHS, "reset": RESET}],
                          ids=["plain", "lengths", "reset", "both"])  # fmt: skip
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("cell", GATES)
+@pytest.mark.parametrize("cell", FUNCTIONS)
 def test_functions(cell, reverse, options):
     call = function_of(cell, cell, reverse=reverse, return_states=True, **options)
     assert gradcheck(call, arguments(cell, T))
@@ -53,12 +48,12 @@ def test_relu():
     assert gradcheck(function_of("rnn", "rnn", nonlinearity="relu"), arguments("rnn", T))
 
 
-@pytest.mark.parametrize("cell", GATES)
+@pytest.mark.parametrize("cell", FUNCTIONS)
 def test_cells(cell):
     assert gradcheck(function_of(cell, f"{cell}_cell"), arguments(cell))
 
 
-@pytest.mark.parametrize("cell", GATES)
+@pytest.mark.parametrize("cell", FUNCTIONS)
 def test_second_derivatives(cell):
     """They take torch's path, from the same call."""
     assert gradgradcheck(function_of(cell, cell), arguments(cell, 2))
@@ -73,12 +68,12 @@ def test_modules(name, options):
     leaves = [weight.detach().clone().requires_grad_() for weight in weights]
 
     def call(x, *parameters):
-        return flatten(torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), x, options))
+        return flat(torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), x, options))
 
     assert gradcheck(call, (random(T, B, I), *leaves))
 
 
-@pytest.mark.parametrize("cell", GATES)
+@pytest.mark.parametrize("cell", FUNCTIONS)
 def test_backward_twice(cell):
     """The first backward turns the saved gates into gradients; the second has to see gates again."""
     inputs = arguments(cell, T)

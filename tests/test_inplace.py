@@ -8,7 +8,8 @@ from itertools import product
 
 import pytest
 import torch
-from models import flat
+from cases import TOLERANCES
+from models import FUNCTIONS, flat
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import CheckpointError, checkpoint
@@ -35,7 +36,7 @@ def floats(*shape):
 
 
 def layer(name, reset=False, lengths=False):
-    gates, states = {"rnn": (1, 1), "lstm": (4, 2), "gru": (3, 1)}[name]
+    gates, states = len(FUNCTIONS[name].gates), 1 + len(FUNCTIONS[name].states)
     given = {"x": floats(T, B, I)} | {f"h{i}": floats(B, H) for i in range(states)}
     given |= {"w_ih": floats(gates * H, I), "w_hh": floats(gates * H, H)}
     given |= {"b_ih": floats(gates * H), "b_hh": floats(gates * H)}
@@ -53,7 +54,7 @@ def layer(name, reset=False, lengths=False):
 
 
 def cell(name):
-    gates = {"rnn": 1, "lstm": 4, "gru": 3}[name] * H
+    gates = len(FUNCTIONS[name].gates) * H
     given = {"x": floats(B, I), "h": floats(B, H), "w_ih": floats(gates, I)}
     given |= {"c": floats(B, H)} if name == "lstm" else {}
     given |= {"w_hh": floats(gates, H), "b_ih": floats(gates), "b_hh": floats(gates)}
@@ -204,7 +205,8 @@ def gradients(call, given, changed=None, before=False):
 
 
 def differ(a, b):
-    return any(not torch.allclose(a[name], b[name], rtol=1e-9, atol=1e-11) for name in a)
+    rtol, atol = TOLERANCES["float64"]
+    return any(not torch.allclose(a[name], b[name], rtol=rtol, atol=atol) for name in a)
 
 
 # torch.compile never sees the function behind the projections.

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from cases import CELLS, LONG_SHAPES, SHAPES, Shape, check, each_dtype
+from cases import LONG_SHAPES, SHAPES, Shape, check, each_dtype
 
 from fastseq import backends
+from fastseq.ops import CELLS
 from fastseq.tools.verify import FAMILIES
 from fastseq.tools.verify.recurrent import Case, kernel_results, make_inputs
 

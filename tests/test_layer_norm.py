@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from cases import each_dtype, error_rule, permutations
 from models import assert_close
-from test_module_info import build, leaves, samples
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.testing._internal.common_modules import module_db
+from torch_samples import build, leaves, samples
 
 import fastseq
 from fastseq import backends

@@ -145,6 +145,22 @@ def test_the_package_imports_no_tests(path):
     assert not {name.split(".")[0] for name in imports_of(path)} & {"tests", "bench", "cases", "pytest"}
 
 
+def test_tests_import_no_tests():
+    # What several share stands in a module that is no test, or one of them could not change without the others.
+    found = {path.name: imports_of(path) for path in (ROOT / "tests").glob("*.py")}
+    assert len(found) > 50
+    names = {name.removesuffix(".py") for name in found if name.startswith("test_")} | {"conftest"}
+    assert not {name: imported & names for name, imported in found.items() if imported & names}
+
+
+def test_tolerances_stand_in_one_table():
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            for keyword in node.keywords if isinstance(node, ast.Call) and path.name != "cases.py" else ():
+                literal = isinstance(keyword.value, ast.Constant) and keyword.arg in ("rtol", "atol", "rel", "abs")
+                assert not literal, f"{name_of(path)}:{node.lineno}: use TOLERANCES of cases.py"
+
+
 def test_the_extension_imports_nothing():
     for path in PACKAGE.glob("_native*"):
         if path.suffix in (".pyx", ".pxd", ".pxi"):

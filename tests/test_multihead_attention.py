@@ -8,10 +8,10 @@ import warnings
 import pytest
 import torch
 from models import assert_close, pair
-from test_module_info import build, leaves
 from torch import nn
 from torch.func import grad, jvp, vmap
 from torch.testing._internal.common_modules import module_db
+from torch_samples import build, leaves
 
 import fastseq
 from fastseq import backends

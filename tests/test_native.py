@@ -8,10 +8,12 @@ import weakref
 import pytest
 import torch
 from binding_calls import B, H, I, T, backward, forward, make_inputs, make_weights, same
-from cases import CELLS, TOLERANCES, each_dtype
+from cases import each_dtype
+from models import assert_close
 from torch import nn
 
 from fastseq.backends.contract import Refused
+from fastseq.ops import CELLS
 
 native = pytest.importorskip("fastseq.backends.native", reason="the extension is not built")
 
@@ -56,8 +58,7 @@ def test_against_torch(cell):
     expected, _ = module(x, h[None] if c is None else (h[None], c[None]))
     weights = module.weight_ih_l0, module.weight_hh_l0, module.bias_ih_l0, module.bias_hh_l0
     y = native.recurrent_forward(cell, x, h, c, weights)[0]
-    rtol, atol = TOLERANCES["float32"]
-    torch.testing.assert_close(y, expected.detach(), rtol=rtol, atol=atol)
+    assert_close(y, expected.detach(), "float32")
 
 
 @each_cell

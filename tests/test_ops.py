@@ -16,15 +16,14 @@ from torch import _VF
 import fastseq
 from fastseq import backends, ops
 
-GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 routes = pytest.mark.usefixtures("route")
-each = pytest.mark.parametrize("cell", GATES)
+each = pytest.mark.parametrize("cell", ops.CELLS)
 
 
 def inputs(cell, shape, bias=True, dtype=torch.float64, requires_grad=True):
     torch.manual_seed(0)
     B, T, I, H = shape  # noqa: E741
-    G = GATES[cell]
+    G = len(ops.CELLS[cell].gates)
     sizes = [(T, B, I), (B, H), (B, H), (G * H, I), (G * H, H), (G * H,), (G * H,)]
     tensors = [torch.randn(size, dtype=dtype) * (1 if i < 3 else H**-0.5) for i, size in enumerate(sizes)]
     tensors = [t.requires_grad_(requires_grad) for t in tensors]

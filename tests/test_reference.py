@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from cases import (
-    CELLS,
     SMALL_SHAPES,
     VARIANTS,
     Shape,
@@ -24,9 +23,10 @@ from cases import (
 )
 
 from fastseq import reference
+from fastseq.reference.torch_layout import torch_layers
 
 SHAPES = (*SMALL_SHAPES, Shape(7, 5, 63, 65))
-each_cell = pytest.mark.parametrize("cell", CELLS)
+each_cell = pytest.mark.parametrize("cell", torch_layers())
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.id)
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.id)
 
@@ -213,7 +213,7 @@ def course_functions(cell, kind=""):
 def course_inputs(cell, N=4, T=6, D=3, H=5, dtype=np.float64):
     """Random x (N, T, D), states, weights and upstream gradients, by the course's names."""
     rng = np.random.default_rng(3)
-    G = CELLS[cell]
+    G = torch_layers()[cell].gates
     shapes = {"x": (N, T, D), "prev_h": (N, H), "prev_c": (N, H), "Wx": (D, G * H), "Wh": (H, G * H), "b": (G * H,)}
     shapes |= {"b_hn": (H,), "dh": (N, T, H), "dc": (N, T, H)}
     return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}

@@ -138,7 +138,8 @@ def test_each_thread_of_a_team_works():
 
     torch.manual_seed(0)
     torch.set_num_threads(4)
-    for cell, gates, T, B, H in ("rnn_tanh", 1, 20, 2048, 32), ("lstm", 4, 10, 4096, 8), ("gru", 3, 10, 4096, 16):
+    for cell, T, B, H in ("rnn_tanh", 20, 2048, 32), ("lstm", 10, 4096, 8), ("gru", 10, 4096, 16):
+        gates = len(CELLS[cell].gates)
         x = torch.randn(T, B, H)
         weights = [torch.randn(gates * H, H) / 8 for _ in range(2)] + [torch.randn(gates * H) for _ in range(2)]
         states = None, torch.zeros(B, H) if cell == "lstm" else None

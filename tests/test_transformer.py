@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 from models import assert_close
-from test_module_info import build, leaves
 from torch import nn
 from torch.testing._internal.common_modules import module_db
+from torch_samples import build, leaves
 
 import fastseq
 from fastseq.nn.attention import MultiheadAttention
