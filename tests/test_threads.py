@@ -124,6 +124,7 @@ def test_each_thread_of_a_team_works():
     import os, time
     import torch
     from fastseq.backends import native
+    from fastseq.ops import CELLS
 
     def seconds():
         return {tid: time.clock_gettime(~tid << 3 | 6) for tid in map(int, os.listdir("/proc/self/task"))}
