@@ -50,8 +50,7 @@ class GRU(GRUSequences, nn.RNNBase):
         RuntimeError: sizes or devices that do not fit, T = 0.
 
     Source: Cho et al., "Learning phrase representations using RNN encoder-decoder for statistical machine translation",
-        2014;
-    https://pytorch.org/docs/stable/generated/torch.nn.GRU.html
+        2014; https://pytorch.org/docs/stable/generated/torch.nn.GRU.html
 
     Example:
         >>> import torch, fastseq

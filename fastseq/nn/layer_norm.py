@@ -19,8 +19,7 @@ class LayerNorm(DropIn, nn.LayerNorm):
     Returns:
         Shaped as the input; with a residual the sum as well.
 
-    Raises:
-        What `fastseq.layer_norm` raises.
+    Raises: the errors of `fastseq.layer_norm`.
 
     Sources: Ba et al., "Layer normalization", 2016;
         https://pytorch.org/docs/stable/generated/torch.nn.LayerNorm.html

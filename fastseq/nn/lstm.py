@@ -52,8 +52,7 @@ class LSTM(LSTMSequences, nn.RNNBase):
         RuntimeError: sizes or devices that do not fit, T = 0.
 
     Sources: Hochreiter and Schmidhuber, "Long short-term memory", 1997; Gers, Schmidhuber and Cummins, "Learning to
-        forget", 2000;
-    https://pytorch.org/docs/stable/generated/torch.nn.LSTM.html
+        forget", 2000; https://pytorch.org/docs/stable/generated/torch.nn.LSTM.html
 
     Example:
         >>> import torch, fastseq

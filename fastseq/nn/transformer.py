@@ -66,10 +66,10 @@ def _sum_and_norm(norm: nn.Module, x: Tensor, sublayer: Tensor) -> tuple[Tensor,
 class TransformerEncoderLayer(DropIn, nn.TransformerEncoderLayer):
     """A drop-in `torch.nn.TransformerEncoderLayer`: same arguments, parameters, initialization, state_dict and results.
 
-    Its norms are `fastseq.LayerNorm` and take the sums before them along, unless they have hooks. Its self-attention is
-    `fastseq.MultiheadAttention`, in evaluation too, where torch's class has a path of its own
-    with another attention inside. That path is taken by calls that the kernels do not serve, such as those with the
-    nested tensors that `nn.TransformerEncoder` makes of padded batches.
+    Its norms are `fastseq.LayerNorm`, which also compute the sums before them, unless they have hooks. Its
+    self-attention is `fastseq.MultiheadAttention`, also in evaluation, where torch's class has a fast path with another
+    attention inside. A call that the kernels do not serve takes that fast path, such as one with the nested tensors
+    that `nn.TransformerEncoder` makes of padded batches.
 
     Args:
         src: (L, B, E), (B, L, E) with batch_first, (L, E) unbatched.
@@ -80,8 +80,7 @@ class TransformerEncoderLayer(DropIn, nn.TransformerEncoderLayer):
     Returns:
         Shaped as src.
 
-    Raises:
-        What `fastseq.MultiheadAttention` raises.
+    Raises: the errors of `fastseq.MultiheadAttention`.
 
     Sources: Vaswani et al., "Attention is all you need", 2017; Xiong et al., "On layer normalization in the Transformer
         architecture" (norm_first), 2020;
@@ -149,8 +148,7 @@ class TransformerDecoderLayer(DropIn, nn.TransformerDecoderLayer):
     Returns:
         Shaped as tgt.
 
-    Raises:
-        What `fastseq.MultiheadAttention` raises.
+    Raises: the errors of `fastseq.MultiheadAttention`.
 
     Sources: Vaswani et al., "Attention is all you need", 2017;
         https://pytorch.org/docs/stable/generated/torch.nn.TransformerDecoderLayer.html

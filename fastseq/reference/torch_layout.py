@@ -63,9 +63,10 @@ def recurrent_forward_backward(
 ) -> dict[str, np.ndarray]:
     """Outputs and gradients of one recurrent layer in one direction, in torch's layouts, computed in `dtype`.
 
-    cell is a key of `torch_layers()`; x (T, B, I); h_0, c_0 (B, H) or None for zeros; weights are
-    w_ih (G*H, I), w_hh (G*H, H), b_ih (G*H,), b_hh (G*H,), both biases may be None; lengths (B,), reset (T, B) and
-    reverse as in `schedule`.
+    cell is a key of `torch_layers()`; x (T, B, I); h_0, c_0 (B, H) or None for zeros; weights are w_ih (G*H, I),
+    w_hh (G*H, H), b_ih (G*H,), b_hh (G*H,), both biases may be None; lengths (B,), reset (T, B) and reverse as in
+    `schedule`.
+
     dy (T, B, H), dh_n, dc_n (B, H), dc_all (T, B, H): gradients of the outputs, None for zeros. Arrays of another dtype
     are converted, also CPU tensors that NumPy can read (bfloat16 it cannot: pass `tensor.float()`, which is exact).
 

@@ -67,8 +67,7 @@ def gru(
         RuntimeError: sizes or devices that do not fit, T = 0.
 
     Source: Cho et al., "Learning phrase representations using RNN encoder-decoder for statistical machine translation",
-        EMNLP 2014;
-    https://pytorch.org/docs/stable/generated/torch.nn.GRU.html
+        EMNLP 2014; https://pytorch.org/docs/stable/generated/torch.nn.GRU.html
 
     Example:
         >>> import torch, fastseq

@@ -68,8 +68,8 @@ def lstm(
         RuntimeError: sizes or devices that do not fit, T = 0.
 
     Sources: Hochreiter and Schmidhuber, "Long short-term memory", Neural Computation 9, 1997; Gers, Schmidhuber and
-        Cummins, "Learning to
-    forget", Neural Computation 12, 2000; https://pytorch.org/docs/stable/generated/torch.nn.LSTM.html
+        Cummins, "Learning to forget", Neural Computation 12, 2000;
+        https://pytorch.org/docs/stable/generated/torch.nn.LSTM.html
 
     Example:
         >>> import torch, fastseq
