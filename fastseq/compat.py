@@ -1,8 +1,7 @@
 """RNN, LSTM and GRU that are instances of torch's own classes, for code that checks types.
 
-The same code as `fastseq.RNN`, `fastseq.LSTM` and `fastseq.GRU`. What differs is the base class: `isinstance(m,
-torch.nn.LSTM)` holds, and for that very reason torch.compile leaves the module out of its graph unless
-`torch._dynamo.config.allow_rnn` is set.
+They run the same code as `fastseq.RNN`, `fastseq.LSTM` and `fastseq.GRU`, but `isinstance(m, torch.nn.LSTM)` is true.
+For that very reason torch.compile leaves them out of its graphs unless `torch._dynamo.config.allow_rnn` is set.
 
 Example:
     >>> import torch, fastseq
@@ -29,8 +28,8 @@ __all__ = ["GRU", "LSTM", "RNN"]
 def _left_alone(function: FunctionType) -> Any:
     """The same function, which torch.compile leaves alone with all that it calls.
 
-    A call of an nn.LSTM ends a graph of torch.compile. But it would then compile what the forward calls, a dozen
-    fragments that slow each other down; in torch's own forward it knows not to.
+    A call of an nn.LSTM ends a graph of torch.compile, which would then compile each function that the forward calls: a
+    dozen fragments that slow each other down. It does not do so in torch's own forward, which it knows.
     """
     copy = FunctionType(
         function.__code__.replace(),

@@ -1,5 +1,5 @@
-"""fuse() and unfuse() change the classes of a living model's layers; freeze() and unfreeze() say that its weights stand
-still."""
+"""fuse() and unfuse() change the classes of a living model's layers; freeze() and unfreeze() say whether its weights
+change."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _TORCH = {ours: torchs for table in (_COMPAT, _COMPILABLE) for torchs, ours in t
 
 @dataclass(frozen=True)
 class Row:
-    """One layer of a model that has a counterpart here: what became of it."""
+    """What became of one layer of a model that has a counterpart here."""
 
     name: str  # in the model, "" for the model itself
     before: str
@@ -85,12 +85,11 @@ def fuse(model: Model, *, compilable: bool = False) -> Model:
     """Swaps the classes of a model's recurrent and attention layers for those with kernels, in place.
 
     The modules stay the same objects with the same parameters, so hooks, optimizers, aliases and the root module itself
-    survive. Swapped are nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell, nn.MultiheadAttention,
-    nn.TransformerEncoderLayer and nn.TransformerDecoderLayer, with `torch.nn.utils.parametrize` too. Subclasses are
-    left alone, and so are layers whose `forward` was replaced on the instance: what they change is theirs; and an LSTM
-    with proj_size, for which there are no kernels.
-    `fuse_report(model)` tells what was swapped, what not, and why. Models that call
-    `torch.nn.functional.scaled_dot_product_attention` themselves run inside `fastseq.sdpa_kernels()`.
+    survive. `fuse` swaps nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell, nn.MultiheadAttention,
+    nn.LayerNorm, nn.TransformerEncoderLayer and nn.TransformerDecoderLayer, parametrized ones too. It leaves alone what
+    would lose its own behaviour, subclasses and layers whose `forward` was replaced on the instance, and every LSTM
+    with proj_size, for which there are no kernels. `fuse_report(model)` tells what was swapped, what not, and why.
+    Models that call `torch.nn.functional.scaled_dot_product_attention` themselves run inside `fastseq.sdpa_kernels()`.
 
     A parametrization is evaluated once for each call of a layer, where torch's layers evaluate it two to five times. A
     parametrization that changes itself notices: `spectral_norm` in training takes one step of its power iteration.
@@ -140,7 +139,7 @@ def fuse(model: Model, *, compilable: bool = False) -> Model:
 def unfuse(model: Model) -> Model:
     """The inverse of `fuse`: every layer with kernels becomes torch's own class again, in place.
 
-    Also layers that were built as `fastseq.LSTM` and so on. Parameters, hooks and state stay; packed weights are
+    So do layers that were built as `fastseq.LSTM` and so on. Parameters, hooks and state stay; packed weights are
     dropped.
 
     Raises:
@@ -163,8 +162,8 @@ def unfuse(model: Model) -> Model:
 
 
 def fuse_report(model: nn.Module) -> FuseReport:
-    """What the last `fuse(model)` did, row by row; empty for a model that was not fused. Copies and pickles of a model
-    have none.
+    """What the last `fuse(model)` did, row by row. The report is empty for a model that was not fused, and for a copy
+    or a pickle of one that was.
 
     Raises:
         TypeError: `model` is no nn.Module.
@@ -174,15 +173,15 @@ def fuse_report(model: nn.Module) -> FuseReport:
 
 
 def freeze(model: Model) -> Model:
-    """Promises that the weights stand still, so that calls without gradients do not compare them with their packed
+    """Promises that the weights do not change, so that calls without gradients need not compare them with their packed
     form.
 
-    Holds until `unfreeze`, or for a layer until one of its parameters is replaced or moved. A weight that is changed in
-    place meanwhile (an optimizer step, a write through `.data`) is not seen: call `freeze` again, which packs anew.
-    `load_state_dict` is seen. Copies and pickles of the model are not frozen.
+    The promise holds until `unfreeze`; of a layer, until one of its parameters is replaced or moved. The layer does not
+    see a weight that changes in place meanwhile, by an optimizer step or a write through `.data`: call `freeze` again,
+    which packs the weights anew. It does see `load_state_dict`. Copies and pickles of the model are not frozen.
 
     Args:
-        model: a layer of fastseq, or any module with such layers. Others are passed over.
+        model: a layer of fastseq, or any module. Of its layers, those that are not of fastseq are passed over.
 
     Returns:
         The model.

@@ -24,28 +24,21 @@ class GRUSequences(SequenceModule):
 class GRU(GRUSequences, nn.RNNBase):
     """A drop-in `torch.nn.GRU`: same arguments, parameters, initialization, state_dict, shapes and errors.
 
-    Beyond torch, at call time:
+    `lengths`, `reset`, `return_states` and the method `step` are beyond torch: `help(fastseq.nn)` explains them. The
+    kernels serve float32, float64 and bfloat16 on the CPU.
 
     Args:
         input: (T, B, I), (B, T, I) with batch_first, (T, I) unbatched, or a PackedSequence.
-        hx: (L*D, B, H), without B if unbatched; None for zeros.
-        lengths: B integers in [0, T], in any order, as a list or a tensor on any device. The output is 0 from there on;
-            h_n is the state after the last step of each sequence (h_0 for a length of 0). No sorting or packing is
-            needed.
-        reset: bool, (T, B) or as the first axes of the input lie. True marks the first step of a segment: the state is
-            zero before it, the reverse direction is cut at the same places, and no gradient passes a cut.
-        return_states: add a third result, all h as (T, L*D, B, H), or (B, T, L*D, H) with batch_first; zero at padding.
+        hx: h_0 (L*D, B, H), without B if unbatched; None for zeros.
+        lengths: B integers in [0, T], the steps that each sequence has.
+        reset: bool, (T, B) or with the input's first axes in their order: True at the first step of each segment.
+        return_states: True adds a third result: every h (T, L*D, B, H), or (B, T, L*D, H) with batch_first.
 
     Returns:
         output (T, B, D*H) and h_n (L*D, B, H).
 
-    `step(x_t, state)` runs one step with the same weights. Float32, float64 and bfloat16 on the CPU run in kernels;
-    everything else takes torch's own path (`fastseq info` prints the table). The class derives from `nn.RNNBase`, not
-    from `nn.GRU`, because torch.compile refuses every instance of the latter; `fastseq.compat.GRU` is the same with
-    `nn.GRU` as base.
-
     Raises:
-        ValueError: the rank or the dtype of the input, lengths out of range, lengths or reset with a PackedSequence.
+        ValueError: an input of a wrong rank or dtype, lengths out of range, lengths or reset with a PackedSequence.
         TypeError: lengths that are not integers, a reset that is not bool.
         RuntimeError: sizes or devices that do not fit, T = 0.
 

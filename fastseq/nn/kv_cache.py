@@ -16,8 +16,8 @@ from fastseq.ops.recurrent import checks
 class KVCache:
     """Room for the keys and values of B sequences that grow, each at its own length.
 
-    For inference: what is appended is copied, and no gradient passes. The memory is contiguous per head, and attention
-    reads it in place. It doubles where it is full.
+    The cache is for inference: it copies what is appended, and no gradient passes. Its memory doubles when it is full.
+    It is contiguous per head, so that attention reads it in place.
 
     Args:
         batch: B.
@@ -29,8 +29,8 @@ class KVCache:
 
     Attributes:
         lengths: (B,) int64 on the CPU, how many tokens each sequence has.
-        keys, values: (B, Nk, S, E) and (B, Nk, S, Ev), views up to the longest sequence; what lies beyond the length of
-            a shorter one is padding.
+        keys, values: (B, Nk, S, E) and (B, Nk, S, Ev), views; S is the length of the longest sequence. Beyond the
+            length of a shorter one lies padding.
 
     Raises:
         TypeError: a size that is not an integer.
@@ -51,7 +51,7 @@ class KVCache:
         (torch.Size([2, 8, 1, 16]), [10, 7])
     """
 
-    @torch.inference_mode(False)  # what is made in inference mode could only be written to there
+    @torch.inference_mode(False)  # a tensor that is made in inference mode can only be written to in it
     def __init__(
         self,
         batch: int,
@@ -159,7 +159,7 @@ class KVCache:
         rows = np.arange(batch) if rows is None else integers("rows", rows)
         if not ((-batch <= rows) & (rows < batch)).all():
             raise IndexError(f"rows must lie in [{-batch}, {batch - 1}], got {rows.tolist()}")
-        self.lengths = self.lengths.clone()  # who was given the old ones keeps them
+        self.lengths = self.lengths.clone()  # a caller may hold the old ones, which must not change
         self.lengths.numpy()[rows] = 0
 
 

@@ -14,10 +14,11 @@ class LayerNorm(DropIn, nn.LayerNorm):
 
     Args:
         input: (*, *normalized_shape).
-        residual: beyond torch: shaped as the input, added to it before it is normalized, in the same pass.
+        residual: shaped as the input, to which it is added before the normalization, in the same pass. torch's module
+            has no such argument.
 
     Returns:
-        Shaped as the input; with a residual the sum as well.
+        The normalized tensor, shaped as the input. With a residual, a pair: that and the sum.
 
     Raises: the errors of `fastseq.layer_norm`.
 

@@ -15,7 +15,7 @@ from fastseq.ops import routing
 from fastseq.ops.normalization import add_layer_norm
 from fastseq.ops.recurrent import checks
 
-# A version of torch that lacks it cannot tell: then norms are called, as torch calls them.
+# A version of torch without it cannot tell whether there are hooks; then norms are called as torch calls them.
 _has_any_global_hook = getattr(torch_module, "_has_any_global_hook", lambda: True)
 
 
@@ -37,7 +37,9 @@ def _fuses(norm: nn.Module) -> bool:
 
 
 def _check_feed_forward(layer: DropIn, x: object) -> None:
-    """torch's linear layers compute something of parameters on meta; hooks may bring them from there in time."""
+    """Refuses parameters on the meta device, of which torch's linear layers would compute something. Where a hook or a
+    replaced forward may load them before they are used, nothing is refused.
+    """
     for name in ("linear1", "linear2"):
         linear = layer._modules.get(name)
         if type(linear) is nn.Linear:
@@ -78,7 +80,7 @@ class TransformerEncoderLayer(DropIn, nn.TransformerEncoderLayer):
         is_causal: a hint that src_mask is the causal one.
 
     Returns:
-        Shaped as src.
+        A tensor shaped as src.
 
     Raises: the errors of `fastseq.MultiheadAttention`.
 
@@ -111,7 +113,7 @@ class TransformerEncoderLayer(DropIn, nn.TransformerEncoderLayer):
         """See the class."""
         attention, call = self.self_attn, None
         _check_feed_forward(self, src)
-        # What others put in place of a part, or wait for at it, sees what torch's forward gives it.
+        # Replaced parts and hooks must see the calls that torch's forward makes.
         if isinstance(attention, MultiheadAttention) and not self._replaced() and _is_plain(attention):
             call = attention._call(src, src, src, src_key_padding_mask, src_mask, is_causal)
         if call is None:
@@ -120,7 +122,7 @@ class TransformerEncoderLayer(DropIn, nn.TransformerEncoderLayer):
                 return self._torchs(src, src_mask, src_key_padding_mask, is_causal)
 
         def attend(x: Tensor) -> Tensor:
-            # Asked once what serves the call: the answer takes a fifth of a tiny one.
+            # `_call` is asked once and not again by the attention: it takes a fifth of the time of a tiny call.
             out = attention._attend(call, x, x, x, src_key_padding_mask, False, src_mask, True, is_causal)[0]
             return self.dropout1(out)
 
@@ -135,18 +137,18 @@ class TransformerEncoderLayer(DropIn, nn.TransformerEncoderLayer):
 class TransformerDecoderLayer(DropIn, nn.TransformerDecoderLayer):
     """A drop-in `torch.nn.TransformerDecoderLayer`: same arguments, parameters, initialization, state_dict and results.
 
-    Both of its attentions are `fastseq.MultiheadAttention`. Its norms are `fastseq.LayerNorm` and take the sums before
-    them along, unless they have hooks.
+    Both of its attentions are `fastseq.MultiheadAttention`. Its norms are `fastseq.LayerNorm`, which also compute the
+    sums before them, unless they have hooks.
 
     Args:
         tgt: (L, B, E), (B, L, E) with batch_first, (L, E) unbatched.
-        memory: (S, B, E), or as tgt lies.
+        memory: (S, B, E), or with its axes in the order of tgt's.
         tgt_mask, memory_mask: (L, L) and (L, S), or with B * nhead in front.
         tgt_key_padding_mask, memory_key_padding_mask: (B, L) and (B, S).
         tgt_is_causal, memory_is_causal: hints that the masks are causal ones.
 
     Returns:
-        Shaped as tgt.
+        A tensor shaped as tgt.
 
     Raises: the errors of `fastseq.MultiheadAttention`.
 

@@ -1,4 +1,15 @@
-"""Differentiable functions: the functional API and the autograd Functions behind it."""
+"""Differentiable functions, and the autograd Functions behind them.
+
+rnn, lstm and gru run one layer in one direction. All their tensors share one dtype and one device. They share these
+arguments:
+
+lengths: B integers in [0, T], in any order, as a list or a tensor on any device. The output is 0 from there on, and the
+    last states are those after the last step of each sequence; for a length of 0 they are the initial states.
+reset: a bool tensor (T, B). True marks the first step of a segment: all states are zero before it, and no gradient
+    passes.
+reverse: True runs each sequence from its last step to its first, cut by `reset` at the same places.
+return_states: True adds `states`, the states after every step, which are zero at padding.
+"""
 
 from fastseq.ops.attention.function import AttentionFunction, SelfAttentionFunction
 from fastseq.ops.attention.sdpa import scaled_dot_product_attention

@@ -22,8 +22,8 @@ def c_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` without its Python prologue, which only serves torch.func; `routing.route` keeps those calls
     away.
 
-    That the method of the C base class can be reached this way is a detail of torch, hence the trial. It stops
-    short of a backward, as the threads of the autograd engine must not start at import.
+    It is a detail of torch that the method of the C base class can be reached this way, so a trial call checks it. The
+    trial runs no backward, because the threads of the autograd engine must not start at import.
     """
 
     class Trial(torch.autograd.Function):
@@ -46,7 +46,7 @@ def c_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
-    """`ctx.save_for_backward` of those that are there: tools that read `grad_fn.saved_tensors` expect no None."""
+    """`ctx.save_for_backward` of all that are not None: tools that read `grad_fn.saved_tensors` expect no None."""
     for t in tensors:
         if t is None:
             ctx.given = [t is not None for t in tensors]

@@ -17,8 +17,8 @@ from fastseq.ops.limits import Limits, assured, in_graph, readable
 class Rows(NamedTuple):
     """Which rows of a sequence are active at which steps.
 
-    Two forms of the same fact: kernels walk `batch_sizes`, rows numbered by falling length; torch ops mask with
-        `lengths`.
+    The same fact in two forms: kernels read `batch_sizes`, with rows numbered by falling length; torch ops mask with
+    `lengths`.
     """
 
     lengths: Tensor | None  # (B,) int64, in the caller's order, on the input's device; None for packed sequences

@@ -78,11 +78,12 @@ def _multiply(backend: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 class LinearFunction(torch.autograd.Function):
-    """x @ weight.mT + bias over the kernels; in bfloat16 the gradients too, else torch's products.
+    """x @ weight.mT + bias by the kernels. In bfloat16 they also compute the gradients; otherwise torch does.
 
     `LinearFunction.apply(backend, x, weight, bias)` returns (..., N): `backend` is a module with `pack_linear` and
     `linear_forward`, x (..., K) with 1 to 3 axes, weight (N, K), bias (N,) or None. All three get gradients. With
-    `create_graph=True` these come from torch ops. What the kernels do not serve is torch's, and so are its errors.
+    `create_graph=True` torch ops compute them. A call that the kernels do not serve runs torch's op, which also raises
+    the errors.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Layer normalization: torch's function over kernels that add the residual in the same pass."""
+"""Layer normalization: torch's function, over kernels that also add a residual in the same pass."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """(z - mean) / sqrt(var + eps) * weight + bias over the last axes, with torch's arguments, results and errors.
 
-    z is the input, or input + residual: the sum and its normalization, which follow each other in every Transformer
-    layer, are then one pass over memory, forward and backward.
+    z is the input, or input + residual. Every Transformer layer adds and then normalizes; given a residual, this
+    function does both in one pass over memory, forward and backward.
 
     Args:
         input: (*, *normalized_shape).
@@ -46,14 +46,16 @@ def layer_norm(
         residual: shaped as the input.
 
     Returns:
-        The normalized tensor, shaped as the input; with a residual also the sum z, whose strides may be others.
+        The normalized tensor, shaped as the input. With a residual, a pair: that and the sum z, whose strides may
+        differ from the input's.
 
-    Float32 and float64 on the CPU run in kernels where those are faster: from 2**20 elements on, with a residual and no
-    gradient to record from 2**18 on. All else takes torch's own op (`fastseq info` prints the table).
+    The kernels run float32 and float64 on the CPU where they are faster than torch's op: from 2**20 elements on, and
+    from 2**18 on where there is a residual and autograd records nothing. Other calls run torch's op (`fastseq info`
+    prints the table).
 
     Raises:
         TypeError: arguments of wrong types.
-        RuntimeError: what torch raises for shapes, dtypes and devices that do not fit; a residual not shaped as input.
+        RuntimeError: shapes, dtypes or devices that do not fit, in torch's words; a residual not shaped as the input.
 
     Sources: Ba et al., "Layer normalization", 2016;
         https://pytorch.org/docs/stable/generated/torch.nn.functional.layer_norm.html
@@ -66,7 +68,7 @@ def layer_norm(
         (True, torch.Size([2, 5, 16]))
     """
     if residual is None:
-        # First what sends most calls to torch: small ones feel the rest of the way there.
+        # The size is asked first, as it sends most calls to torch: on a small one each further question shows.
         if routing.is_compiling() or not isinstance(input, Tensor) or input.numel() < FEWEST_ELEMENTS:
             return torchs_layer_norm(input, normalized_shape, weight, bias, eps)
         return _normalize(input, normalized_shape, weight, bias, eps, None, False)[0]
@@ -85,8 +87,9 @@ def add_layer_norm(
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """The first result of `layer_norm` with a residual, for callers that do not need the sum: without gradients it is
-    not written."""
+    """The first result of `layer_norm` with a residual, for callers that do not need the sum: where autograd records
+    nothing, the kernel does not write it.
+    """
     return _normalize(input, normalized_shape, weight, bias, eps, residual, False)[0]
 
 
@@ -145,8 +148,8 @@ def _backend(
     residual: object,
     fewest: int,
 ) -> ModuleType | None:
-    """The backend that serves a call; None where torch's op is to compute it, or to name the mistake."""
-    if routing.is_compiling():  # before the size is looked at, which would become a guard of the graph
+    """The backend that serves a call; None where torch's op must compute it or name the mistake."""
+    if routing.is_compiling():  # asked first: a look at the size would become a guard of the graph
         return None
     if not isinstance(input, Tensor) or not isinstance(normalized_shape, tuple | list) or not normalized_shape:
         return None
@@ -183,10 +186,10 @@ class LayerNormFunction(torch.autograd.Function):
 
     `LayerNormFunction.apply(backend, eps, x, residual, weight, bias)` returns the normalized sum y and the sum z:
     `backend` is a module with `layer_norm_forward` and `layer_norm_backward`, x and residual are (N,), (B, N) or
-    (T, B, N), weight and bias (N,) or None. All four get gradients. With residual None, z is.
+    (T, B, N), weight and bias (N,) or None. All four get gradients. If residual is None, so is z.
 
-    Kept for the backward are z, the weight and the bias, and two numbers a row. The backward adds the gradient that z
-    has from elsewhere in its one pass. With `create_graph=True` the gradients come from torch ops.
+    The backward keeps z, the weight, the bias and two numbers per row. In its one pass it also adds the gradient that
+    reaches z from other uses. With `create_graph=True` torch ops compute the gradients.
 
     Example:
         >>> import torch

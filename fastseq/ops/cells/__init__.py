@@ -1,1 +1,1 @@
-"""The cells: each module holds one cell's spec, its formula in torch ops and its public functions."""
+"""The cells. Each module has one cell: its spec, its formula in torch ops and its public functions."""

@@ -46,20 +46,19 @@ def gru(
 
     Args:
         input: (T, B, I), T >= 1.
-        hx: h_0 (B, H), or None for zeros. With bfloat16 input it may be float32; then h_n is too.
+        hx: h_0 (B, H), or None for zeros. Beside a bfloat16 input it may be float32; then h_n is, too.
         w_ih, w_hh: (3*H, I), (3*H, H), rows in the order r, z, n.
         b_ih, b_hh: (3*H), both or neither.
-        lengths: B integers in [0, T], in any order, as a list or a tensor on any device. The output is 0 from there on;
-            h_n is the state at the last step of each sequence (h_0 for a length of 0).
-        reset: (T, B) bool. True marks the first step of a segment: the state is zero before it, and no gradient passes.
-        reverse: from the last step to the first, cut by `reset` at the same places.
-        return_states: add `states`, all h as (T, B, H).
+        lengths: B integers in [0, T], the steps that each sequence has, in any order.
+        reset: (T, B) bool: True at the first step of each segment.
+        reverse: True runs from the last step to the first.
+        return_states: True adds `states`, every h, (T, B, H).
 
     Returns:
         The named tuple (output, hx): output (T, B, H), hx = h_n (B, H).
 
-    Float32, float64 and bfloat16 on the CPU run in kernels, everything else in torch ops. All tensors share one dtype
-    and device.
+    The kernels serve float32, float64 and bfloat16 on the CPU; other calls run torch ops. `help(fastseq.ops)` explains
+    `lengths`, `reset` and `reverse`.
 
     Raises:
         TypeError: arguments that are not tensors; lengths that are not integers; a reset that is not bool.
@@ -109,7 +108,7 @@ def gru_cell(
 
     Raises:
         TypeError: arguments that are not tensors.
-        RuntimeError: what torch raises for sizes, dtypes and devices that do not fit.
+        RuntimeError: sizes, dtypes or devices that do not fit, in torch's words.
 
     Source: Cho et al., 2014; https://pytorch.org/docs/stable/generated/torch.nn.GRUCell.html
 

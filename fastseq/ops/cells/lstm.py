@@ -45,22 +45,20 @@ def lstm(
 
     Args:
         input: (T, B, I), T >= 1.
-        hx: h_0 and c_0, each (B, H), or None for zeros. With bfloat16 input they may be float32; then h_n and c_n are
-            too.
+        hx: h_0 and c_0, each (B, H), or None for zeros. Beside a bfloat16 input they may be float32; then h_n and
+            c_n are, too.
         w_ih, w_hh: (4*H, I), (4*H, H), rows in the order i, f, g, o.
         b_ih, b_hh: (4*H), both or neither.
-        lengths: B integers in [0, T], in any order, as a list or a tensor on any device. The output is 0 from there on;
-            h_n and c_n are the states at the last step of each sequence (h_0 and c_0 for a length of 0).
-        reset: (T, B) bool. True marks the first step of a segment: both states are zero before it, and no gradient
-            passes.
-        reverse: from the last step to the first, cut by `reset` at the same places.
-        return_states: add `states`, all h and all c, each (T, B, H).
+        lengths: B integers in [0, T], the steps that each sequence has, in any order.
+        reset: (T, B) bool: True at the first step of each segment.
+        reverse: True runs from the last step to the first.
+        return_states: True adds `states`, every h and every c, each (T, B, H).
 
     Returns:
         The named tuple (output, hx): output (T, B, H), hx = (h_n, c_n), each (B, H).
 
-    Float32, float64 and bfloat16 on the CPU run in kernels, everything else in torch ops. All tensors share one dtype
-    and device.
+    The kernels serve float32, float64 and bfloat16 on the CPU; other calls run torch ops. `help(fastseq.ops)` explains
+    `lengths`, `reset` and `reverse`.
 
     Raises:
         TypeError: arguments that are not tensors; lengths that are not integers; a reset that is not bool.
@@ -111,7 +109,7 @@ def lstm_cell(
 
     Raises:
         TypeError: arguments that are not tensors.
-        RuntimeError: not two states; what torch raises for sizes, dtypes and devices that do not fit.
+        RuntimeError: not two states; sizes, dtypes or devices that do not fit, in torch's words.
 
     Sources: Hochreiter and Schmidhuber, 1997; Gers et al., 2000;
         https://pytorch.org/docs/stable/generated/torch.nn.LSTMCell.html

@@ -49,21 +49,20 @@ def rnn(
 
     Args:
         input: (T, B, I), T >= 1.
-        hx: h_0 (B, H), or None for zeros. With bfloat16 input it may be float32; then h_n is too.
+        hx: h_0 (B, H), or None for zeros. Beside a bfloat16 input it may be float32; then h_n is, too.
         w_ih, w_hh: (H, I), (H, H).
         b_ih, b_hh: (H), both or neither.
         nonlinearity: "tanh" or "relu".
-        lengths: B integers in [0, T], in any order, as a list or a tensor on any device. The output is 0 from there on;
-            h_n is the state at the last step of each sequence (h_0 for a length of 0).
-        reset: (T, B) bool. True marks the first step of a segment: the state is zero before it, and no gradient passes.
-        reverse: from the last step to the first, cut by `reset` at the same places.
-        return_states: add `states`, all h as (T, B, H).
+        lengths: B integers in [0, T], the steps that each sequence has, in any order.
+        reset: (T, B) bool: True at the first step of each segment.
+        reverse: True runs from the last step to the first.
+        return_states: True adds `states`, every h, (T, B, H).
 
     Returns:
         The named tuple (output, hx): output (T, B, H), hx = h_n (B, H).
 
-    Float32, float64 and bfloat16 on the CPU run in kernels, everything else in torch ops. All tensors share one dtype
-    and device.
+    The kernels serve float32, float64 and bfloat16 on the CPU; other calls run torch ops. `help(fastseq.ops)` explains
+    `lengths`, `reset` and `reverse`.
 
     Raises:
         TypeError: arguments that are not tensors; lengths that are not integers; a reset that is not bool.
@@ -117,7 +116,7 @@ def rnn_cell(
     Raises:
         TypeError: arguments that are not tensors.
         ValueError: an unknown nonlinearity.
-        RuntimeError: what torch raises for sizes, dtypes and devices that do not fit.
+        RuntimeError: sizes, dtypes or devices that do not fit, in torch's words.
 
     Source: Elman, 1990; https://pytorch.org/docs/stable/generated/torch.nn.RNNCell.html
 
