@@ -21,10 +21,10 @@ from fastseq.ops.attention.sdpa import overridden, torch_attention
 
 __all__ = ["sdpa_kernels"]
 
-# Why a name in torch.nn.functional and not a TorchFunctionMode: a mode is asked on every torch call, which costs 1.5 us
+# Why a name in torch.nn.functional and not a TorchFunctionMode: torch asks a mode on every call, which costs 1.5 us
 # (measured: an addition of 8 numbers takes 2.9 us under an empty mode, 1.4 us without). While a block is open the name
-# is also a property of the module, 50 ns a call: overrides of torch's function compare it with the name, and so must
-# find torch's own there, and other threads do, too.
+# is also a property of the module, at 50 ns a call. Through it, overrides, which compare the called function with the
+# name, and other threads find torch's own function there.
 NAME = "scaled_dot_product_attention"
 # The functions that compare with the name: overrides, which also run where torch's op was called by another name and
 # so did not pass through ours, and the makers of the cached tables of torch.overrides.
@@ -38,7 +38,7 @@ def _over(below: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """What the name gives inside a block: fastseq's function there, `below` outside of blocks."""
 
     def attention(*args: Any, **kwargs: Any) -> Tensor:
-        # The compiler first: it cannot see through a ContextVar, and torch's own op is what it knows.
+        # The compiler is asked first: it cannot trace a ContextVar, and it knows torch's own op.
         if torch.compiler.is_compiling() or _depth.get() <= 0:
             return below(*args, **kwargs)
         given = (*args, *kwargs.values())
@@ -88,12 +88,14 @@ class _Functional(ModuleType):
 def sdpa_kernels() -> Iterator[None]:
     """Inside the block, `torch.nn.functional.scaled_dot_product_attention` is `fastseq.scaled_dot_product_attention`.
 
-    For models that call that function themselves, which `fuse` cannot see. Calls that the kernels do not serve take
-    torch's op, as always; so do the graphs of torch.compile, and calls that a mode or a tensor subclass overrides,
-    which see torch's own function. Holds for this thread or task, not for threads started inside; blocks may be nested.
-    Who patches the name inside the block is on top, and stays so after it. What has the function under another name, by
-    `from torch.nn.functional import scaled_dot_product_attention`, is not reached, and torch.jit.script does not work
-    inside. Where checkpointing runs a forward again, the backward belongs inside too.
+    The block is for models that call that function themselves, which `fuse` cannot see. Calls that the kernels do not
+    serve run torch's op, as always. So do the graphs of torch.compile and calls that a mode or a tensor subclass
+    overrides; these see torch's own function.
+
+    The block holds for this thread or task, not for threads started inside, and blocks may be nested. A patch of the
+    name that someone makes inside the block takes precedence and stays after it. The block does not reach code that
+    holds the function under another name, by `from torch.nn.functional import scaled_dot_product_attention`.
+    torch.jit.script does not work inside. Where checkpointing runs a forward again, the backward must be inside, too.
 
     Example:
         >>> import torch, fastseq
@@ -121,5 +123,5 @@ def sdpa_kernels() -> Iterator[None]:
             if _blocks == 0:
                 if F.__dict__[NAME] is _ours:
                     F.__dict__[NAME] = _below
-                if F.__dict__[NAME] is torch_attention:  # else who undoes a patch may put back one of ours
+                if F.__dict__[NAME] is torch_attention:  # else someone who undoes a patch may put back one of ours
                     F.__class__ = ModuleType

@@ -23,9 +23,9 @@ from fastseq.sdpa_patch import sdpa_kernels
 __all__ = ["register"]
 
 NAME = "fastseq"
-# Keywords that arrive here and say nothing about the result: what models hand on of their own arguments, which the
-# masks hold already (windows, positions, packed sequences), and how others' kernels shall run. transformers' "sdpa"
-# takes no notice of them either. Every other one is refused.
+# Keywords that do not change the result. Some are arguments of the models, which the masks hold already (windows,
+# positions, packed sequences); others tell other kernels how to run. The "sdpa" of transformers ignores them, too.
+# Every other keyword is refused.
 WITHOUT_EFFECT = frozenset(
     (
         "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "logits_to_keep", "max_length_k",
@@ -38,9 +38,9 @@ WITHOUT_EFFECT = frozenset(
 def register() -> None:
     """Makes `attn_implementation="fastseq"` known to transformers, with the masks that its "sdpa" gets.
 
-    Models that transformers refuses "sdpa" are refused "fastseq" with a ValueError when they are built, unless they
-    hand all that they need to the function, as Gemma 2 does; so are those that look the name up in a table of their
-    own. A call with keywords that would change the result and are not served, such as attention sinks, is refused, too.
+    Building a model raises ValueError where transformers refuses it "sdpa", unless the model hands everything that its
+    attention needs to the function, as Gemma 2 does. It also raises where the model looks the name up in a table of its
+    own. A call raises ValueError for keywords that would change the result and are not served, such as attention sinks.
 
     Raises:
         ImportError: transformers is not installed, or older than 4.56.
@@ -95,8 +95,8 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """What transformers calls: query (B, N, L, E), key and value (B, Nk, S, E) to (B, L, N, E), and no weights.
 
-    Heads of key and value are not repeated in memory, and `softcap` is served, unlike by "sdpa". What the installed
-    "sdpa" takes beyond these arguments is left to it, with the kernels inside.
+    Unlike "sdpa", this function does not repeat the heads of key and value in memory, and it serves `softcap`. A call
+    with further arguments that the installed "sdpa" knows goes to it, with the kernels inside.
 
     Raises:
         ValueError: a keyword that changes the result and is not served, such as attention sinks.

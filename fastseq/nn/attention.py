@@ -57,7 +57,7 @@ class _Masks(NamedTuple):
         joined = self.joined()
         seen = joined if joined.dtype is torch.bool else joined != -math.inf
         dead = ~seen.any(-1, keepdim=True)
-        # Transforms and compilers know no values to branch on, devices would be waited for.
+        # Under transforms and compilers there are no values to branch on, and a device would have to be waited for.
         return dead if routing.observed() or not dead.is_cpu or dead.any() else None
 
 
@@ -89,29 +89,30 @@ class MultiheadAttention(DropIn, PacksWeights, nn.MultiheadAttention):
 
     Args:
         query: (L, B, E), (B, L, E) with batch_first, (L, E) unbatched.
-        key, value: (S, B, kdim) and (S, B, vdim), or as the query lies.
+        key, value: (S, B, kdim) and (S, B, vdim), or with their axes in the order of the query's.
         key_padding_mask: (B, S), or (S) unbatched; bool: True where a key is ignored; float: added to the scores.
-        need_weights: also return the weights, which costs L x S numbers for each head: they are computed in torch ops.
+        need_weights: True also returns the weights. Torch ops then compute L x S numbers for each head.
         attn_mask: (L, S) or (B * num_heads, L, S); bool: True where a query may not see a key; float: added.
-        average_attn_weights: the mean of the weights over the heads.
-        is_causal: a hint that attn_mask is the causal one, which is then not read where torch does not read it either.
+        average_attn_weights: True returns the mean of the weights over the heads.
+        is_causal: a hint that attn_mask is the causal mask. Where torch does not read the mask then, this does not
+            either.
 
     Returns:
         The output, shaped as the query, and the weights after dropout, (B, L, S), or (B, num_heads, L, S) without
         averaging, without B if unbatched; None without need_weights.
 
-    One thing differs: a query that may see no key has weights of 0 and the bias of the output projection for an output,
-    with need_weights or without, in training and in evaluation, where torch gives NaN in some of these. That holds for
-    calls that the kernels do not serve as well: other dtypes and devices, autocast, torch.compile, torch.func. It does
-    not hold, as the forward is torch's, for nested tensors, tensor subclasses and FakeTensors; under modes that see the
-    calls of torch functions (make_fx and torch.export have one); for parameters of several dtypes; for a float mask of
-    another dtype than the query; with FASTSEQ_BACKEND=torch.
+    One result differs from torch's. A query that may see no key has weights of 0, and its output is the bias of the
+    output projection. This holds in training and in evaluation, with need_weights and without; torch gives NaN in some
+    of these cases. It also holds for calls that the kernels do not serve: other dtypes and devices, autocast,
+    torch.compile, torch.func. It does not hold where torch's own forward runs: for nested tensors, tensor subclasses
+    and FakeTensors; under modes that see the calls of torch functions (make_fx and torch.export have one); for
+    parameters of several dtypes; for a float mask of another dtype than the query's; with FASTSEQ_BACKEND=torch.
 
-    Float32, float64 and bfloat16 on the CPU run in kernels; everything else takes torch's own path, or torch ops where
-    there are masks (`fastseq info` prints the table). The projections are the kernels' where those are faster: without
-    gradients from 4 rows and 2**20 multiplications on, with weights packed once (see `fastseq.freeze`); with gradients
-    from 2**27 on; in bfloat16 all, where torch has no oneDNN for it. Dropout has its own random stream, seeded from
-    torch's generator; with need_weights it is torch's.
+    The kernels serve float32, float64 and bfloat16 on the CPU. Other calls run torch's forward, or torch ops where
+    there are masks (`fastseq info` prints the table). The kernels also compute the projections where they are faster:
+    without gradients from 4 rows and 2**20 multiplications on, with weights that are packed once (see
+    `fastseq.freeze`); with gradients from 2**27 multiplications on; in bfloat16 always, where torch has no oneDNN for
+    it. Dropout draws from a random stream of its own, seeded from torch's generator; with need_weights it is torch's.
 
     Raises:
         AssertionError: shapes or mask dtypes that do not fit; an embed_dim that num_heads does not divide.
@@ -235,7 +236,7 @@ class MultiheadAttention(DropIn, PacksWeights, nn.MultiheadAttention):
         if self._replaced():
             return None
         masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
-        if masks:  # torch's kernels read masks of another device, which may be no memory
+        if masks:  # torch's kernels read a mask of another device at an address that may be no memory here
             checks.check_devices((query, *(mask for mask in masks if isinstance(mask, Tensor))))
         if masks and not all(isinstance(m, Tensor) and m.dtype in (torch.bool, query.dtype) for m in masks):
             return None
@@ -250,7 +251,7 @@ class MultiheadAttention(DropIn, PacksWeights, nn.MultiheadAttention):
             if routing.symbolic():
                 return None
             checks.check_devices((*tensors, *masks))
-            # Without masks there is no row that torch's forward gives another result for. It lacks forward-mode AD.
+            # Without masks torch's forward gives no row another result, but it has no forward-mode AD.
             if not (masks or routing.transformed()) or not routing.composes((*tensors, *masks)):
                 return None
         elif not all(routing.plain(m, m.dtype, query) for m in masks):
@@ -260,7 +261,7 @@ class MultiheadAttention(DropIn, PacksWeights, nn.MultiheadAttention):
         if not self._parameters_fit(weights, in_bias, out_weight, out_bias, bias_k, bias_v):
             return None
         if backend is not None and "linear" not in backend.SERVES:
-            backend = None  # a GPU's: its kernels serve the attention alone, which finds them by itself
+            backend = None  # the backend of a GPU serves the attention alone, which selects it by itself
         return Call(backend, weights, in_bias, out_weight, out_bias, bias_k, bias_v)
 
     def _checked(

@@ -1,7 +1,7 @@
-"""What others see of a layer of ours, and do with it: the class of torch that it stands for.
+"""Why torch's tools treat a layer of ours as the class of torch that it stands for.
 
-Tools of torch know layers by torch's module path, `torch.nn...`: torch.fx leaves such a layer whole, torch.jit.script
-knows its forward. And what is put on a layer, in place of a method that torch's forward calls, is to be called.
+torch.fx leaves a layer whole, and torch.jit.script knows its forward, if its class is defined in `torch.nn`. Users
+replace methods of a layer that torch's forward calls, and expect that the replacement is called.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from fastseq.ops import routing
 class DropIn:
     """A layer that stands for one of torch's, mixed in before it.
 
-    torch.fx records a call of it as a call of the module, and torch.jit.script compiles torch's forward, as of torch's
-    class. A subclass with a forward of its own is traced through or compiled, as one of torch's class is.
+    As with torch's class, torch.fx records a call of it as a call of the module, and torch.jit.script compiles torch's
+    forward. torch.fx traces through a subclass with its own forward, and torch.jit.script compiles that forward.
     """
 
-    # Taken at import: who puts our class under its name in torch.nn must not send us to ourselves.
+    # Looked up at import: if someone sets `torch.nn.LSTM = fastseq.LSTM`, a later look-up would find ourselves.
     _torch_class: ClassVar[type[nn.Module]]
     _torch_calls: ClassVar[tuple[str, ...]] = ()  # methods that torch's forward calls and ours does not
     _replaces: ClassVar[bool] = False  # a subclass has one of them of its own
@@ -37,7 +37,7 @@ class DropIn:
     def _replaced(self) -> bool:
         """True where torch's forward would call a method that is not torch's."""
         own = self.__dict__
-        for name in self._torch_calls:  # a third of what any() takes, and a call of T = 1 feels it
+        for name in self._torch_calls:  # takes a third of the time of any(), which shows in a call with T = 1
             if name in own:
                 return True
         return self._replaces
@@ -57,7 +57,7 @@ class DropIn:
         tracer = _tracer(self, (args, options))
         if tracer is None or tracer.root is self:
             return None
-        # As the call was written, without what it did not give: what torch's class gets.
+        # The node gets the arguments that the caller wrote, as a node of torch's class does.
         parameters = list(inspect.signature(self.forward).parameters.values())
         given = dict(zip((p.name for p in parameters), args, strict=False)) | options
         given = {p.name: given[p.name] for p in parameters if p.name in given and given[p.name] is not p.default}
@@ -98,15 +98,15 @@ def _tracer(module: nn.Module, arguments: Any) -> fx.Tracer | None:
 
 
 def restore(module: nn.Module) -> None:
-    """Gives a module that torch.jit.script has looked at its class back."""
+    """Gives back its class to a module that torch.jit.script has looked at."""
     module.__class__ = getattr(type(module), "_before_script", type(module))
 
 
 @functools.cache
 def _scriptable(cls: type[DropIn]) -> type[DropIn]:
-    """A class for torch.jit.script to look at, which ends with the first thing that is done with the module after it.
+    """A class for torch.jit.script to look at. The first use of the module afterwards gives it back its own class.
 
-    Not a copy of another class: torch would leave it in the model, in place of the layer.
+    A copy of the module with another class would not do: torch would leave it in the model in place of the layer.
     """
 
     def call(self: DropIn, *args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ Pack = Callable[[Weights], Any]
 
 
 class _Entry(NamedTuple):
-    """Panels, and what their weights were when they were packed: a value per weight, None for one that is None."""
+    """Panels, and the state of their weights when they were packed: one value per weight, None for a weight of None."""
 
     backend: ModuleType
     isa: str
@@ -47,7 +47,7 @@ class PackedWeights:
         self._entries = {}
 
     def panels(self, backend: ModuleType, place: int, weights: Sequence[Weights], pack: Pack) -> tuple[Any, ...]:
-        """What `pack` makes of each of `weights`, anew where they changed; None where not contiguous.
+        """What `pack` makes of each of `weights`, packed anew where they changed; None where one is not contiguous.
 
         Args:
             place: the key of the first of `weights`; the others have those after it.
@@ -65,7 +65,7 @@ class PackedWeights:
         given = [w for w in group if w is not None]
         if not all(w.is_contiguous() for w in given):
             return None
-        # Before packing: a write by another thread meanwhile must not pass for packed.
+        # Taken before packing: if another thread writes meanwhile, the panels must count as outdated.
         entry = _Entry(
             backend,
             backend.active_isa(),
@@ -108,10 +108,11 @@ class PacksWeights:
         return self.__dict__.setdefault("_fastseq_packed", PackedWeights()) if packed is None else packed
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        self._packed_weights().clear()  # .to() and its kin give parameters new memory behind the same identity
+        self._packed_weights().clear()  # .to() and the like give the same parameter object new memory
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        # Frozen weights are not looked at; and where torch swaps tensors to load, none may be weakly referenced.
+        # Frozen weights are never compared, so loading must drop them. Where torch loads by swapping tensors, none of
+        # them may be weakly referenced.
         self._packed_weights().clear()
         super()._load_from_state_dict(*args)

@@ -38,8 +38,11 @@ class _Run(NamedTuple):
 
 
 class SequenceModule(DropIn, PacksWeights):
-    """forward() and step() of RNN, LSTM and GRU. Parameters and state are those of the torch class mixed with, and its
-    checks speak first; but its op gets only what fits."""
+    """forward() and step() of RNN, LSTM and GRU.
+
+    It is mixed with a class of torch, which has the parameters and the state. That class's checks run first, and its op
+    gets only arguments that fit.
+    """
 
     _torch_calls = (
         "check_forward_args",
@@ -169,7 +172,7 @@ class SequenceModule(DropIn, PacksWeights):
         inner = call._replace(batch_first=False) if call.batch_first and layers > 1 else call
         packs = run.route is Route.KERNELS and "recurrent" in run.backend.PACKS
         if packs and x.numel() == self.input_size:
-            # A single row reads the weights in place: to see whether packed ones still hold takes as long.
+            # A single row reads the weights in place: the check whether packed ones are up to date takes as long.
             packs = self._packed_weights().frozen
         initial, weights = states, run.weights
         last, every = [], []
@@ -192,7 +195,7 @@ class SequenceModule(DropIn, PacksWeights):
             states_n = tuple(map(torch.cat, zip(*last, strict=True)))
         if not every:
             return x, states_n, ()
-        # cat even of one: no result shares memory with another
+        # cat also where there is one, which copies it: no result may share memory with another
         return x, states_n, tuple(torch.cat(s, 1) for s in zip(*every, strict=True))
 
     def _panels(self, backend: ModuleType, place: int, weights: Sequence[Direction]) -> tuple[Any, ...]:
@@ -204,11 +207,11 @@ class SequenceModule(DropIn, PacksWeights):
         Args:
             x_t: (B, input_size), or (input_size) unbatched.
             state: as `hx` of `forward`: (L, B, H), for LSTM a pair of them, without the B axis if unbatched; None for
-                zeros. Of a bfloat16 module it may be bfloat16 or float32.
+                zeros. For a bfloat16 module it may be bfloat16 or float32.
 
         Returns:
             The output (B, H) and the state after the step, to be passed to the next. The state of a bfloat16 module is
-            float32. Of frozen weights, steps give bitwise what the whole sequence gives.
+            float32. With frozen weights, steps give the bits that the whole sequence gives.
 
         Raises:
             RuntimeError: the module is bidirectional; sizes, dtypes or devices do not fit.
@@ -289,7 +292,7 @@ class SequenceModule(DropIn, PacksWeights):
             last.append((h,) if c is None else (h, c))
             if self.dropout and layer < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
-        # stack: the state must not share memory with the output
+        # stack copies: the state must not share memory with the output
         return x, tuple(map(torch.stack, zip(*last, strict=True)))
 
     # ---- arguments

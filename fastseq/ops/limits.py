@@ -1,8 +1,8 @@
-"""What integers that are data may be: lengths, and the bounds of packed sequences.
+"""Checks of integers that are data: lengths, and the bounds of packed sequences.
 
-Their values are checked where Python can see them, also behind what torch.func wraps; else what is recorded checks
-those that it is run with: a graph of torch.compile by an op of ours, with the same error, a graph that has to run
-without fastseq by torch's assertion, a RuntimeError.
+Where Python can see the values, also behind the wrappers of torch.func, it checks them. Elsewhere the recorded graph
+checks the values that it is run with: a graph of torch.compile by an op of ours, which raises the same error; a graph
+that has to run without fastseq by torch's assertion, which raises RuntimeError.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ def readable(values: object) -> bool:
 
 
 def seen(values: Tensor) -> np.ndarray | None:
-    """The values, to be checked and no more, behind transforms and tracers too, the axes of torch.func.vmap first. None
-    in graphs and of tensors that have none."""
+    """The values, also behind transforms and tracers, with the axes of torch.func.vmap first. They may only be checked,
+    as no graph records what is done with them. None in graphs of torch.compile and for tensors without values.
+    """
     if routing.is_compiling():
         return None
     with _unobserved():
@@ -77,8 +78,9 @@ def seen(values: Tensor) -> np.ndarray | None:
 
 
 def in_graph(limits: Limits, values: object) -> tuple[Tensor, bool]:
-    """What is no tensor, in a graph, as one; and whether its values are checked: those of a list are constants to
-    Dynamo."""
+    """In a graph, a tensor of lengths that are not a tensor yet, and whether its values are checked: Dynamo knows those
+    of a list.
+    """
     if isinstance(values, np.ndarray):
         return torch.as_tensor(values, device="cpu"), False
     listed = isinstance(values, list | tuple | range)
@@ -96,7 +98,9 @@ def in_graph(limits: Limits, values: object) -> tuple[Tensor, bool]:
 
 
 def assured(limits: Limits, values: Tensor) -> Tensor:
-    """Int64 values (B,) that Python must not use. Those to be used in their place, so that no check is left out."""
+    """Checks int64 values (B,) that Python must not read. Use the returned tensor in their place: a graph drops a check
+    whose result nobody uses.
+    """
     if routing.is_compiling() and not torch.compiler.is_exporting():
         return checked_integers(values, *limits)
     if (array := seen(values)) is not None:

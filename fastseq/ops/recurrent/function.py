@@ -1,7 +1,7 @@
 """One layer of any recurrent cell, in one or two directions, and one step of it: kernels behind autograd.
 
-`run_layer` and `run_step` choose who computes (`routing.route`); `RecurrentFunction` and `StepFunction`
-are the `torch.autograd.Function`s over the kernels of the active backend.
+`run_layer` and `run_step` choose who computes (`routing.route`); `RecurrentFunction` and `StepFunction` are the
+`torch.autograd.Function`s over the kernels of a backend.
 """
 
 from __future__ import annotations
@@ -119,9 +119,9 @@ def run_step(
 ) -> tuple[Tensor, ...] | None:
     """One step on x (B, I) and states (B, H) or None for zeros: the states after it.
 
-    None where the kernels do not serve the case, or the arguments do not fit: torch's op computes it, or names the
-    mistake. The backend checks types, dtypes, devices, shapes and strides itself, and here its time counts, so nothing
-    is checked twice.
+    Returns None where the kernels do not serve the case or the arguments do not fit; torch's op then computes the step
+    or names the mistake. The backend checks types, dtypes, devices, shapes and strides itself. Nothing is checked
+    twice, because a step takes a few microseconds only.
     """
     if routing.observed():
         return None
@@ -174,9 +174,9 @@ class RecurrentFunction(torch.autograd.Function):
     weights four per direction (`None` for absent biases). Shapes are those of `run_layer`. The tensors must be what
     `routing.route` calls fit for the kernels; `fastseq.rnn`, `lstm` and `gru` see to that.
 
-    The backward destroys the values that the forward saved. A second one through the same graph runs the forward again
-    first, and so does a backward that finds the output changed in place. With `create_graph=True` the gradients come
-    from torch ops, and so do those of incoming gradients that are batched or no plain tensors.
+    The backward destroys the values that the forward saved. A second backward through the same graph first runs the
+    forward again, and so does a backward that finds the output changed in place. Torch ops compute the gradients with
+    `create_graph=True`, and where the incoming gradients are batched or no plain tensors.
 
     Sources:
         Elman, "Finding structure in time", 1990; Hochreiter and Schmidhuber, "Long short-term memory", 1997; Gers,
@@ -233,9 +233,9 @@ def _by_formula(call: Layer, x: Tensor, *others: Tensor | None) -> tuple[Tensor,
 class StepFunction(torch.autograd.Function):
     """One step of any cell over the kernels.
 
-    `StepFunction.apply(cell, backend, x, *states, w_ih, w_hh, b_ih, b_hh)` returns the states after it: x (B, I),
-    states (B, H) or None for zeros, unit strides along the last axes. As `RecurrentFunction` otherwise, and with its
-    sources.
+    `StepFunction.apply(cell, backend, x, *states, w_ih, w_hh, b_ih, b_hh)` returns the states after the step: x (B, I),
+    states (B, H) or None for zeros, with unit strides along the last axes. All else, and the sources, are those of
+    `RecurrentFunction`.
     """
 
     @staticmethod
