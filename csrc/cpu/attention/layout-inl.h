@@ -34,12 +34,6 @@ FASTSEQ_INLINE void fill(T* out, int64_t count, T value) {
   for (int64_t i = 0; i < count; ++i) out[i] = value;
 }
 
-// Items of work for whoever is free.
-struct Queue {
-  int64_t next = 0;
-  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
-};
-
 // Consecutive arrays of elements; each starts a cache line.
 template <class T>
 struct Arena {

@@ -3,6 +3,7 @@
 
 #include <time.h>
 
+#include "cpu/base/share.h"
 #include "cpu/base/simd.h"
 #include "cpu/base/threads.h"
 #include "kernels.h"
@@ -84,11 +85,11 @@ inline double read_rate(const void* memory, int64_t bytes, int threads, double s
   for (; elapsed < seconds; ++runs) {
     const auto read = [](void* context, const Team& team) {
       const Task& t = *(const Task*)context;
-      const int64_t begin = t.lines * team.rank / team.size, end = t.lines * (team.rank + 1) / team.size;
+      const Share lines = Share::of(t.lines, team);
       if (team.size == 1)
-        read_lines<8>(t.memory + 64 * begin, end - begin);
+        read_lines<8>(t.memory + 64 * lines.begin, lines.end - lines.begin);
       else
-        read_lines<2>(t.memory + 64 * begin, end - begin);
+        read_lines<2>(t.memory + 64 * lines.begin, lines.end - lines.begin);
     };
     parallel(threads, read, &task);
     elapsed = seconds_now() - start;

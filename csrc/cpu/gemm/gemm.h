@@ -5,6 +5,7 @@
 // chains round less. K is never blocked for the L1 cache beyond that: at 12 FMAs a term, panels stream from L2.
 #pragma once
 
+#include "cpu/base/share.h"
 #include "cpu/base/simd.h"
 
 namespace fastseq::FASTSEQ_ISA {
@@ -13,19 +14,6 @@ constexpr int64_t kBlock = 256;
 
 // Rows of accumulators for `vectors` columns: 12 of 16 registers, or 24 of 32, hold them; one holds A, the rest B.
 constexpr int rows_for(int vectors) { return kRegisters * 3 / 4 / vectors; }
-
-constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// `n` items in the fewest even parts of at most `most`.
-struct EvenSplit {
-  int64_t parts, size, larger;
-  EvenSplit(int64_t n, int64_t most)
-      : parts(ceil_div(n, most)), size(parts ? n / parts : 0), larger(n - parts * size) {}
-  int64_t begin(int64_t part) const { return part * size + min(part, larger); }
-  int64_t count(int64_t part) const { return size + (part < larger); }
-};
 
 // How a storage type lies in a panel: one element of a panel holds kDepth consecutive k.
 template <class S>

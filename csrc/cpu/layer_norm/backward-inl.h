@@ -38,7 +38,7 @@ struct LayerNormBackward {
   T* sum_of_block(int64_t block, int which) const { return sums + (2 * block + which) * width; }
 
   void work(const Team& team) const {
-    const Share share(blocks, team);
+    const Share share = Share::of(blocks, team);
     for (int64_t block = share.begin; block < share.end; ++block) {
       if (sums)
         for (int64_t c = 0; c < 2 * width; c += V::kLanes) store(sum_of_block(block, 0) + c, V(T(0)));
@@ -47,7 +47,7 @@ struct LayerNormBackward {
     }
     if (!sums) return;
     team.wait();
-    const Share vectors(width / V::kLanes, team);
+    const Share vectors = Share::of(width / V::kLanes, team);
     add_blocks((S*)p.dweight, 0, vectors);
     add_blocks((S*)p.dbias, 1, vectors);
   }

@@ -18,7 +18,7 @@ struct LayerNormForward {
         layer_norm_threads(p),
         [](void* context, const Team& team) {
           const auto& forward = *(const LayerNormForward*)context;
-          const Share rows(forward.p.steps * forward.p.batch, team);
+          const Share rows = Share::of(forward.p.steps * forward.p.batch, team);
           for (int64_t row = rows.begin; row < rows.end; ++row) forward.normalize(row);
         },
         &forward);

@@ -1,9 +1,9 @@
 // What both directions of layer normalization share: where rows lie, the loop over a row, and how many threads.
 #pragma once
 
+#include "cpu/base/share.h"
 #include "cpu/base/simd.h"
 #include "cpu/base/threads.h"
-#include "cpu/gemm/gemm.h"
 #include "kernels.h"
 #include "math/layer_norm.h"
 
@@ -37,13 +37,6 @@ template <class S>
 FASTSEQ_INLINE Vec<Compute<S>> load_or(const S* values, int64_t column, int64_t count, Compute<S> absent) {
   return values ? load_first(values + column, count) : Vec<Compute<S>>(absent);
 }
-
-// The items [begin, end) of the one thread.
-struct Share {
-  int64_t begin, end;
-  Share(int64_t items, const Team& team)
-      : begin(items * team.rank / team.size), end(items * (team.rank + 1) / team.size) {}
-};
 
 // A thread is worth waking for this many elements: they take about 5 us.
 inline int layer_norm_threads(const LayerNormParams& p) {

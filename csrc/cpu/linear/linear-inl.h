@@ -24,7 +24,8 @@ struct Linear {
 
   const LinearParams& p;
   const int64_t rows, panels, stride;
-  int64_t block_rows = 0, blocks = 0, group = 0, groups = 0, next = 0;
+  int64_t block_rows = 0, blocks = 0, group = 0, groups = 0;
+  Queue queue;
 
   explicit Linear(const LinearParams& params)
       : p(params),
@@ -45,9 +46,8 @@ struct Linear {
     } context{Linear(p), panels};
     const auto work = [](void* pointer, const Team& team) {
       const auto& [linear, memory] = *(const Context*)pointer;
-      const int64_t end = linear.panels * (team.rank + 1) / team.size;
-      for (int64_t panel = linear.panels * team.rank / team.size; panel < end; ++panel)
-        linear.pack_panel(panel, memory);
+      const Share share = Share::of(linear.panels, team);
+      for (int64_t panel = share.begin; panel < share.end; ++panel) linear.pack_panel(panel, memory);
     };
     parallel(int(max(1, min(p.threads, min(context.linear.panels, panels_bytes(p) >> 18)))), work, &context);
   }
@@ -80,7 +80,7 @@ struct Linear {
 
   // Items are taken by whoever is free; each output is one sum, whoever computes it.
   void work() {
-    for (int64_t item; (item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < blocks * groups;) {
+    for (int64_t item; (item = queue.take()) < blocks * groups;) {
       const int64_t first = item / groups * block_rows, begin = item % groups * group;
       multiply(first, min(block_rows, rows - first), begin, min(panels, begin + group));
     }

@@ -139,10 +139,9 @@ class Backward {
 
   void work(const Team& team) {
     const Partition partition(schedule, layout, team.size);
-    const Slice slice = partition.slice(team.rank, team.size),
-                share = {layout.panels * team.rank / team.size, layout.panels * (team.rank + 1) / team.size, 0,
-                         p.batch};
-    for (int64_t panel = share.panel_begin; panel < share.panel_end; ++panel) {
+    const Slice slice = partition.slice(team.rank, team.size);
+    const Share packed = Share::of(layout.panels, team);
+    for (int64_t panel = packed.begin; panel < packed.end; ++panel) {
       if (w_hh_.packed) w_hh_.pack(panel);
       if (w_ih_.packed) w_ih_.pack(panel);
     }
@@ -150,7 +149,7 @@ class Backward {
     team.wait();
     for (int64_t s = p.steps - 1; s >= 0; --s) {
       const int64_t t = schedule.time(s);
-      const int64_t count = max(0, min(schedule.active(t), slice.row_end) - slice.row_begin);
+      const int64_t count = max(0, min(schedule.active(t), slice.rows.end) - slice.rows.begin);
       differentiate(slice, t, count);
       if (!partition.by_rows) team.wait();
       propagate(slice, t, count, s == 0);
@@ -161,7 +160,7 @@ class Backward {
     weight_gradients(team);
   }
 
-  int64_t last_vector(const Slice& slice) const { return min(w_hh_.vectors(), slice.panel_end * L::kVectors); }
+  int64_t last_vector(const Slice& slice) const { return min(w_hh_.vectors(), slice.panels.end * L::kVectors); }
   T* dh_row(int64_t b) const { return dh_ + b * width_; }
   T* dcarry_row(int64_t panel, int64_t b) const { return dcarry_ + (panel * p.batch + b) * L::kUnits; }
   T* slots(int64_t panel, int64_t row) const { return layout.saved_slots(p.saved, rows_, panel, row); }
@@ -169,16 +168,16 @@ class Backward {
   // Calls f(batch index, unit, units left, dh, dcarry) for each vector of units of the slice.
   template <class F>
   FASTSEQ_INLINE void for_each_state(const Slice& slice, const F& f) const {
-    for (int64_t panel = slice.panel_begin; panel < slice.panel_end; ++panel)
-      for (int64_t b = slice.row_begin; b < slice.row_end; ++b)
+    for (int64_t panel = slice.panels.begin; panel < slice.panels.end; ++panel)
+      for (int64_t b = slice.rows.begin; b < slice.rows.end; ++b)
         for (int64_t lane = 0; lane < layout.units(panel); lane += L::kLanes)
           f(schedule.batch_index(b), panel * L::kUnits + lane, layout.units(panel) - lane,
             dh_row(b) + panel * L::kUnits + lane, dcarry_row(panel, b) + lane);
   }
 
   void begin(const Slice& slice) const {
-    hidden_.fill(slice.row_begin, slice.row_end, slice.panel_begin * L::kUnits,
-                 min(layout.H, slice.panel_end * L::kUnits));
+    hidden_.fill(slice.rows.begin, slice.rows.end, slice.panels.begin * L::kUnits,
+                 min(layout.H, slice.panels.end * L::kUnits));
     for_each_state(slice, [&](int64_t index, int64_t unit, int64_t n, T* dh, T* dcarry) {
       store(dh, p.dh_n.data ? load_state<S>(p, p.dh_n, index, unit, n) : V(0));
       store(dcarry, p.dc_n.data ? load_state<S>(p, p.dc_n, index, unit, n) : V(0));
@@ -195,8 +194,8 @@ class Backward {
 
   // The cell backward: gates to their gradients, in place.
   void differentiate(const Slice& slice, int64_t t, int64_t count) const {
-    for (int64_t panel = slice.panel_begin; panel < slice.panel_end; ++panel)
-      for (int64_t b = slice.row_begin; b < slice.row_begin + count; ++b) {
+    for (int64_t panel = slice.panels.begin; panel < slice.panels.end; ++panel)
+      for (int64_t b = slice.rows.begin; b < slice.rows.begin + count; ++b) {
         const bool cut = schedule.is_cut(t, b), first = schedule.is_first(t, b);
         const int64_t row = schedule.starts[t] + b, index = schedule.batch_index(b), units = layout.units(panel);
         const T* carry = L::kHasCarry ? layout.saved_carry(p.saved, rows_, panel, row) : nullptr;
@@ -234,21 +233,22 @@ class Backward {
   // dh of the step before, for the units of the slice: nothing passes a cut.
   void propagate(const Slice& slice, int64_t t, int64_t count, bool last) const {
     if (last && !p.dh_0.data) return;
-    const int64_t begin = slice.panel_begin * L::kVectors, end = last_vector(slice);
-    w_hh_.multiply(slots(0, schedule.starts[t] + slice.row_begin), rows_ * L::kSavedWidth, count, begin, end,
-                   dh_row(slice.row_begin), width_);
+    const int64_t begin = slice.panels.begin * L::kVectors, end = last_vector(slice);
+    w_hh_.multiply(slots(0, schedule.starts[t] + slice.rows.begin), rows_ * L::kSavedWidth, count, begin, end,
+                   dh_row(slice.rows.begin), width_);
     if (!p.reset) return;
-    for (int64_t b = slice.row_begin; b < slice.row_begin + count; ++b)
+    for (int64_t b = slice.rows.begin; b < slice.rows.begin + count; ++b)
       if (schedule.is_cut(t, b))
         for (int64_t q = begin; q < end; ++q) store(dh_row(b) + q * L::kLanes, V(0));
   }
 
   void input_gradient(const Team& team) const {
-    const int64_t vectors = w_ih_.vectors(), stride = vectors * L::kLanes, end = rows_ * (team.rank + 1) / team.size;
+    const int64_t vectors = w_ih_.vectors(), stride = vectors * L::kLanes;
+    const Share rows = Share::of(rows_, team);
     T* out = dx_ + team.rank * kInputRows * stride;
     int64_t t = 0;
-    for (int64_t row = rows_ * team.rank / team.size; row < end; row += kInputRows) {
-      const int64_t count = min(kInputRows, end - row);
+    for (int64_t row = rows.begin; row < rows.end; row += kInputRows) {
+      const int64_t count = min(kInputRows, rows.end - row);
       w_ih_.multiply(slots(0, row), rows_ * L::kSavedWidth, count, 0, vectors, out, stride);
       for (int64_t m = 0; m < count; ++m) {
         while (schedule.starts[t + 1] <= row + m) ++t;

@@ -75,14 +75,14 @@ class Forward {
   }
 
   int64_t active(const Slice& slice, int64_t t) const {
-    return max(0, min(schedule.active(t), slice.row_end) - slice.row_begin);
+    return max(0, min(schedule.active(t), slice.rows.end) - slice.rows.begin);
   }
   // The carry and the initial hidden rows of the slice, and the final states of empty rows.
   void begin(const Slice& slice) const {
-    hidden_.fill(slice.row_begin, slice.row_end, slice.panel_begin * L::kUnits,
-                 min(layout.H, slice.panel_end * L::kUnits));
-    for (int64_t panel = slice.panel_begin; panel < slice.panel_end; ++panel)
-      for (int64_t b = slice.row_begin; b < slice.row_end; ++b)
+    hidden_.fill(slice.rows.begin, slice.rows.end, slice.panels.begin * L::kUnits,
+                 min(layout.H, slice.panels.end * L::kUnits));
+    for (int64_t panel = slice.panels.begin; panel < slice.panels.end; ++panel)
+      for (int64_t b = slice.rows.begin; b < slice.rows.end; ++b)
         for (int64_t lane = 0; lane < layout.units(panel); lane += L::kLanes) {
           const int64_t unit = panel * L::kUnits + lane, n = layout.units(panel) - lane, i = schedule.batch_index(b);
           const V h = p.h_0.data ? load_state<S>(p, p.h_0, i, unit, n) : V(0);
@@ -104,7 +104,7 @@ class Forward {
     int64_t total = 0;
     for (int64_t s = s0; s < s1; ++s) {
       const int64_t t = schedule.time(s), count = active(slice, t);
-      for (int64_t b = 0; b < count; ++b) rows[total++] = schedule.template row<const S>(p.x, t, slice.row_begin + b);
+      for (int64_t b = 0; b < count; ++b) rows[total++] = schedule.template row<const S>(p.x, t, slice.rows.begin + b);
     }
     return total;
   }
@@ -148,24 +148,24 @@ class Forward {
   T* hoisted_terms(int64_t panel, int64_t row) const { return hoisted_ + (panel * chunk_ * p.batch + row) * L::kWidth; }
 
   void hoist_inputs(const Slice& slice, int64_t total, const S* const* rows) const {
-    for (int64_t panel = slice.panel_begin; panel < slice.panel_end; ++panel)
+    for (int64_t panel = slice.panels.begin; panel < slice.panels.end; ++panel)
       terms<true>(rows, total, panel, 1, hoisted_terms(panel, 0), 0);
   }
 
   void step(const Slice& slice, int64_t t, int64_t chunk_row, const S** x_rows, const S** h_rows) {
     alignas(64) T input_terms[kTileRows * L::kWidth], recurrent_terms[kTileRows * L::kWidth];
     const int64_t count = active(slice, t);
-    for (int64_t b = 0; b < count; ++b) h_rows[b] = hidden_.before(t, slice.row_begin + b);
+    for (int64_t b = 0; b < count; ++b) h_rows[b] = hidden_.before(t, slice.rows.begin + b);
     const EvenSplit split(count, kTileRows);
-    for (int64_t panel = slice.panel_begin; panel < slice.panel_end;) {
-      const int n = count == 1 && panel + 1 < slice.panel_end ? 2 : 1;
+    for (int64_t panel = slice.panels.begin; panel < slice.panels.end;) {
+      const int n = count == 1 && panel + 1 < slice.panels.end ? 2 : 1;
       for (int64_t part = 0; part < split.parts; ++part) {
         const int64_t first = split.begin(part), rows = split.count(part);
         if (chunk_ == 1) terms<true>(x_rows + first, rows, panel, n, input_terms, L::kWidth);
         terms<false>(h_rows + first, rows, panel, n, recurrent_terms, L::kWidth);
         for (int i = 0; i < n; ++i)
           for (int64_t m = 0; m < rows; ++m)
-            apply(panel + i, t, slice.row_begin + first + m,
+            apply(panel + i, t, slice.rows.begin + first + m,
                   chunk_ == 1 ? input_terms + (i + m) * L::kWidth : hoisted_terms(panel + i, chunk_row + first + m),
                   recurrent_terms + (i + m) * L::kWidth);
       }
@@ -236,8 +236,8 @@ void pack_panels(const RecurrentParams& p, void* panels) {
           store(bias_out + column, biases && units ? load_first((const S*)biases + row, units) : typename L::V(0));
         }
     };
-    for (int64_t panel = layout.panels * team.rank / team.size; panel < layout.panels * (team.rank + 1) / team.size;
-         ++panel) {
+    const Share share = Share::of(layout.panels, team);
+    for (int64_t panel = share.begin; panel < share.end; ++panel) {
       pack(
           panel, p.w_ih, p.b_ih, layout.I, [](int i) { return Cell::input_gate(i); },
           layout.input_panels(panels) + panel * layout.panel_stride(layout.I),

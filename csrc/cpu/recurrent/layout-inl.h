@@ -151,7 +151,7 @@ FASTSEQ_INLINE void store_state(const RecurrentParams& p, const State& state, in
 
 // What one thread owns of a step.
 struct Slice {
-  int64_t panel_begin, panel_end, row_begin, row_end;
+  Share panels, rows;
 };
 
 // How the steps of a layer are split; a function of its shape and of the team.
@@ -180,8 +180,8 @@ struct Partition {
   }
 
   Slice slice(int rank, int team) const {
-    if (by_rows) return {0, panels, cut(rank, team), cut(rank + 1, team)};
-    return {panels * rank / team, panels * (rank + 1) / team, 0, schedule.p.batch};
+    if (by_rows) return {{0, panels}, {cut(rank, team), cut(rank + 1, team)}};
+    return {Share::of(panels, rank, team), {0, schedule.p.batch}};
   }
 
  private:

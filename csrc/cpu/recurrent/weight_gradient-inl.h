@@ -40,14 +40,16 @@ struct WeightGradient {
   static constexpr int64_t kBlockColumns = kColumns * L::kLanes;
   static constexpr int64_t packed_elements() { return kRowBlock * kBlockColumns; }
   static bool needs_sums(int64_t rows) { return rows > kRowBlock || !std::is_same_v<S, T>; }
-  static int64_t tiles(const L& layout, int64_t columns) { return ceil_div(columns, kBlockColumns) * layout.panels; }
+  static int64_t tile_count(const L& layout, int64_t columns) {
+    return ceil_div(columns, kBlockColumns) * layout.panels;
+  }
   static int64_t sums_elements(const L& layout, int64_t columns) {
-    return tiles(layout, columns) * L::kWidth * kBlockColumns;
+    return tile_count(layout, columns) * L::kWidth * kBlockColumns;
   }
   // With tiles for more than half of the threads, rows in turns would win little, and take each thread as much memory
   // as dW.
   static bool in_turns(const L& layout, int64_t columns, int64_t rows, int team) {
-    return rows > kRowBlock && 2 * tiles(layout, columns) <= team;
+    return rows > kRowBlock && 2 * tile_count(layout, columns) <= team;
   }
   static int64_t part_elements(const L& layout, int64_t rows, int team) {
     const auto elements = [&](int64_t columns) {
@@ -65,10 +67,10 @@ struct WeightGradient {
   // `turns`: of this gradient, at 0.
   void weights(const Team& team, bool input, S* dw, Progress& turns) const {
     if (in_turns(layout, columns(input), rows, team.size)) return add_in_turns(team, input, dw, turns);
-    const Share share = split(team, layout.panels, ceil_div(columns(input), kBlockColumns));
+    const Tiles tiles = split(team, layout.panels, ceil_div(columns(input), kBlockColumns));
     int64_t t = 0;
-    for (int64_t row = 0; row < rows; row += kRowBlock) multiply_block(share, input, row, row == 0, sums, dw, t);
-    if (sums) write_weights(share, input, dw);
+    for (int64_t row = 0; row < rows; row += kRowBlock) multiply_block(tiles, input, row, row == 0, sums, dw, t);
+    if (sums) write_weights(tiles, input, dw);
   }
 
   // Sums of 16 rows, of 16 of these, and so on: over 8192 rows, blocks of 128 erred three times as much as torch's
@@ -78,7 +80,8 @@ struct WeightGradient {
 
   void biases(const Team& team, bool input, S* db) const {
     const int64_t vectors = Cell::kTerms * ceil_div(layout.H, L::kLanes);
-    for (int64_t v = vectors * team.rank / team.size; v < vectors * (team.rank + 1) / team.size; ++v) {
+    const Share share = Share::of(vectors, team);
+    for (int64_t v = share.begin; v < share.end; ++v) {
       const int64_t unit = v / Cell::kTerms * L::kLanes, panel = unit / L::kUnits;
       const int term = int(v % Cell::kTerms);
       const int64_t at = term * L::kUnits + unit % L::kUnits;
@@ -98,27 +101,26 @@ struct WeightGradient {
 
  private:
   // The tiles of a thread.
-  struct Share {
-    int64_t panel_begin, panel_end, block_begin, block_end;
+  struct Tiles {
+    Share panels, blocks;
   };
 
   // A grid of as many threads as it can use; of those that use the same number, the one of the most panels.
-  static Share split(const Team& team, int64_t panels, int64_t blocks) {
+  static Tiles split(const Team& team, int64_t panels, int64_t blocks) {
     int64_t across = 1, down = 1;
     for (int64_t most = team.size; most >= 1; --most) {
       const int64_t a = min(most, panels), d = min(team.size / most, blocks);
       if (a * d > across * down) across = a, down = d;
     }
-    if (team.rank >= across * down) return {0, 0, 0, 0};
-    const int64_t i = team.rank / down, j = team.rank % down;
-    return {panels * i / across, panels * (i + 1) / across, blocks * j / down, blocks * (j + 1) / down};
+    if (team.rank >= across * down) return {{0, 0}, {0, 0}};
+    return {Share::of(panels, team.rank / down, across), Share::of(blocks, team.rank % down, down)};
   }
 
   int64_t columns(bool input) const { return input ? layout.I : layout.H; }
 
   // The products of the block of rows at `row`, added to `out` unless `first`, or to dw where `out` is null. `t` is a
   // step at or before the row's, and moves there.
-  void multiply_block(const Share& share, bool input, int64_t row, bool first, T* out, S* dw, int64_t& t) const {
+  void multiply_block(const Tiles& tiles, bool input, int64_t row, bool first, T* out, S* dw, int64_t& t) const {
     const int64_t depth = min(kRowBlock, rows - row);
     for (int64_t k = 0; k < depth; ++k) {
       while (schedule.starts[t + 1] <= row + k) ++t;
@@ -127,9 +129,9 @@ struct WeightGradient {
     }
     // As many columns at once as fit the copy: few rows then write dW row after row, as memory likes it.
     const int64_t group = packed_elements() / (depth * kBlockColumns);
-    for (int64_t panels = share.panel_begin; panels < share.panel_end; panels += kPanels)
-      for (int64_t begin = share.block_begin; begin < share.block_end; begin += group) {
-        const int64_t last = min(share.panel_end, panels + kPanels), end = min(share.block_end, begin + group);
+    for (int64_t panels = tiles.panels.begin; panels < tiles.panels.end; panels += kPanels)
+      for (int64_t begin = tiles.blocks.begin; begin < tiles.blocks.end; begin += group) {
+        const int64_t last = min(tiles.panels.end, panels + kPanels), end = min(tiles.blocks.end, begin + group);
         for (int64_t block = begin; block < end; ++block)
           copy_columns(block, columns(input), depth, packed_block(block - begin, depth));
         for (int64_t panel = panels; panel < last; ++panel)
@@ -144,7 +146,7 @@ struct WeightGradient {
   }
 
   void add_in_turns(const Team& team, bool input, S* dw, Progress& turns) const {
-    const Share all = {0, layout.panels, 0, ceil_div(columns(input), kBlockColumns)};
+    const Tiles all = {{0, layout.panels}, {0, ceil_div(columns(input), kBlockColumns)}};
     const int64_t blocks = ceil_div(rows, kRowBlock);
     int64_t t = 0;
     for (int64_t block = team.rank; block < blocks; block += team.size) {
@@ -157,9 +159,9 @@ struct WeightGradient {
   }
 
   // Adds the part to the sums, or moves it there.
-  void add_part(const Share& share, bool first) const {
-    for (int64_t block = share.block_begin; block < share.block_end; ++block)
-      for (int64_t panel = share.panel_begin; panel < share.panel_end; ++panel)
+  void add_part(const Tiles& tiles, bool first) const {
+    for (int64_t block = tiles.blocks.begin; block < tiles.blocks.end; ++block)
+      for (int64_t panel = tiles.panels.begin; panel < tiles.panels.end; ++panel)
         for (int term = 0; term < Cell::kTerms; ++term) {
           T* total = tile(sums, block, panel, term, 0);
           const T* added = tile(part, block, panel, term, 0);
@@ -168,9 +170,9 @@ struct WeightGradient {
         }
   }
 
-  void write_weights(const Share& share, bool input, S* dw) const {
-    for (int64_t panel = share.panel_begin; panel < share.panel_end; ++panel)
-      for (int64_t block = share.block_begin; block < share.block_end; ++block)
+  void write_weights(const Tiles& tiles, bool input, S* dw) const {
+    for (int64_t panel = tiles.panels.begin; panel < tiles.panels.end; ++panel)
+      for (int64_t block = tiles.blocks.begin; block < tiles.blocks.end; ++block)
         for (int term = 0; term < Cell::kTerms; ++term)
           for (int64_t unit = 0; unit < layout.units(panel); ++unit)
             for (int j = 0; j < kColumns; ++j) {
