@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/common.cuh"
+#include "rows/recurrent.h"
 
 namespace fastseq::cuda {
 
@@ -22,25 +23,22 @@ struct Step {
 // The steps of a call, on the host.
 class Timeline {
  public:
-  explicit Timeline(const RecurrentParams& p) : p_(p) {
-    for (int64_t t = 0; t < p.steps; ++t) rows_ += active(t);
-  }
+  explicit Timeline(const RecurrentParams& p) : p_(p), rows_(total_rows(p)) {}
 
   int64_t rows() const { return rows_; }
   int64_t forward_step() const { return p_.reverse ? -1 : 1; }
-  int64_t longest() const { return active(0); }
+  int64_t longest() const { return active_rows(p_, 0); }
   Span first() const { return p_.reverse ? shift({p_.steps, rows_, 0}, -1) : shift({-1, 0, 0}, 1); }
   Span last() const { return p_.reverse ? shift({-1, 0, 0}, 1) : shift({p_.steps, rows_, 0}, -1); }
   Span shift(const Span& span, int64_t by) const {
     const int64_t t = span.time + by;
-    return {t, by > 0 ? span.start + span.active : span.start - active(t), active(t)};
+    const int64_t active = active_rows(p_, t);
+    return {t, by > 0 ? span.start + span.active : span.start - active, active};
   }
 
  private:
-  int64_t active(int64_t t) const { return t < 0 || t >= p_.steps ? 0 : p_.batch_sizes ? p_.batch_sizes[t] : p_.batch; }
-
   const RecurrentParams& p_;
-  int64_t rows_ = 0;
+  const int64_t rows_;
 };
 
 // Where things lie, for the threads of a launch.
@@ -58,30 +56,26 @@ struct Layer {
   __device__ T* slots(int64_t row) const { return (T*)p.saved + row * Cell::kSlots * p.hidden_size; }
   __device__ T* carries(int64_t rows, int64_t row) const { return slots(rows) + row * p.hidden_size; }
 
-  __device__ int64_t batch_index(int64_t b) const { return p.order ? p.order[b] : b; }
   template <class Row>
   __device__ Row* row(const Sequence& sequence, const Span& span, int64_t b) const {
-    return (Row*)sequence.data + (p.packed ? (span.start + b) * sequence.row_stride
-                                           : span.time * sequence.step_stride + batch_index(b) * sequence.row_stride);
+    return row_at<Row>(p, sequence, span.time, span.start, b);
   }
 
   // True if the state is cut before row b enters `span`; `first` if it starts there from its initial state.
   __device__ bool is_cut(const Span& span, bool first, int64_t b) const {
-    if (!p.reset || (p.reverse && first)) return false;
-    const int64_t boundary = p.reverse ? span.time + 1 : span.time;  // between the steps boundary - 1 and boundary
-    return p.reset[boundary * p.reset_step_stride + batch_index(b) * p.reset_row_stride];
+    return fastseq::is_cut(p, span.time, first, b);
   }
 
   // States of bfloat16 layers may be float32.
   __device__ T load_state(const State& state, int64_t b, int64_t u) const {
     if (!state.data) return 0;
-    const int64_t at = batch_index(b) * state.row_stride + u;
-    return p.float_state ? load((const T*)state.data + at) : load((const S*)state.data + at);
+    const int64_t index = batch_index(p, b);
+    return p.float_state ? load(row_of<const T>(state, index) + u) : load(row_of<const S>(state, index) + u);
   }
   __device__ void store_state(const State& state, int64_t b, int64_t u, T v) const {
     if (!state.data) return;
-    const int64_t at = batch_index(b) * state.row_stride + u;
-    p.float_state ? store((T*)state.data + at, v) : store((S*)state.data + at, v);
+    const int64_t index = batch_index(p, b);
+    p.float_state ? store(row_of<T>(state, index) + u, v) : store(row_of<S>(state, index) + u, v);
   }
 
   // The hidden state before the step, as the storage of y holds it.

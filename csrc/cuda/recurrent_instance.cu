@@ -15,7 +15,7 @@ template <class S>
 constexpr RecurrentKernels kernels_of() {
   return {nullptr,
           [](const RecurrentParams& p) {
-            return Layer<Cell, S>::saved_elements(p, Timeline(p).rows()) * int64_t(sizeof(Compute<S>));
+            return Layer<Cell, S>::saved_elements(p, total_rows(p)) * int64_t(sizeof(Compute<S>));
           },
           nullptr, forward<Cell, S>, backward<Cell, S>};
 }

@@ -83,9 +83,9 @@ struct LayerNormBackward {
   }
 
   void differentiate(int64_t row, int64_t block) const {
-    const S *const z = row_of<const S>(p.z, p, row), *const dy = row_of<const S>(p.dy, p, row);
-    const S* const dz = p.dz.data ? row_of<const S>(p.dz, p, row) : nullptr;
-    S* const dx = p.dx.data ? row_of<S>(p.dx, p, row) : nullptr;
+    const S *const z = nth_row<const S>(p.z, p.batch, row), *const dy = nth_row<const S>(p.dy, p.batch, row);
+    const S* const dz = p.dz.data ? nth_row<const S>(p.dz, p.batch, row) : nullptr;
+    S* const dx = p.dx.data ? nth_row<S>(p.dx, p.batch, row) : nullptr;
     const LayerNorm<V> norm = {((const T*)p.mean)[row], ((const T*)p.rstd)[row]};
     V mean_d(T(0)), mean_projection(T(0));
     if (dx) means(dy, z, norm, &mean_d, &mean_projection);

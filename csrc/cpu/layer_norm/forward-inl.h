@@ -46,13 +46,13 @@ struct LayerNormForward {
   }
 
   void normalize(int64_t row) const {
-    const S *x = row_of<const S>(p.x, p, row), *z = x;
-    S* const y = row_of<S>(p.y, p, row);
+    const S *x = nth_row<const S>(p.x, p.batch, row), *z = x;
+    S* const y = nth_row<S>(p.y, p.batch, row);
     T mean;
     if (p.residual.data) {
       // z as it is stored, so that bfloat16 normalizes what backward will read. y is written again, element by element.
-      const S* const residual = row_of<const S>(p.residual, p, row);
-      S* const sum = p.z.data ? row_of<S>(p.z, p, row) : y;
+      const S* const residual = nth_row<const S>(p.residual, p.batch, row);
+      S* const sum = p.z.data ? nth_row<S>(p.z, p.batch, row) : y;
       mean = sum_over_row([&](int64_t c, int64_t count, int) __attribute__((always_inline)) {
         store_first(sum + c, load_first(x + c, count) + load_first(residual + c, count), count);
         return load_first(sum + c, count);

@@ -1,18 +1,13 @@
-// What both directions of layer normalization share: where rows lie, the loop over a row, and how many threads.
+// What both directions of layer normalization share: the loop over a row, and how many threads.
 #pragma once
 
 #include "cpu/base/share.h"
 #include "cpu/base/simd.h"
 #include "cpu/base/threads.h"
-#include "kernels.h"
 #include "math/layer_norm.h"
+#include "rows/sequence.h"
 
 namespace fastseq::FASTSEQ_ISA {
-
-template <class S>
-FASTSEQ_INLINE S* row_of(const Sequence& rows, const LayerNormParams& p, int64_t row) {
-  return (S*)rows.data + row / p.batch * rows.step_stride + row % p.batch * rows.row_stride;
-}
 
 // f(column, count, accumulator) for every vector of the columns [begin, end). Four take turns as the accumulator of a
 // sum: one alone would wait four cycles for each addition. `count` is a constant but for the last vector.

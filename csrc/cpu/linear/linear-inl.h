@@ -4,7 +4,7 @@
 
 #include "cpu/base/threads.h"
 #include "cpu/gemm/gemm.h"
-#include "kernels.h"
+#include "rows/sequence.h"
 
 namespace fastseq::FASTSEQ_ISA {
 
@@ -90,10 +90,7 @@ struct Linear {
   void multiply(int64_t first, int64_t count, int64_t begin, int64_t end) const {
     alignas(64) T sums[kBlockRows * kColumns];
     const S* x[kBlockRows];
-    for (int64_t m = 0; m < count; ++m) {
-      const int64_t row = first + m;
-      x[m] = (const S*)p.x.data + row / p.batch * p.x.step_stride + row % p.batch * p.x.row_stride;
-    }
+    for (int64_t m = 0; m < count; ++m) x[m] = nth_row<const S>(p.x, p.batch, first + m);
     void* const memory = (void*)p.panels;
     for (int64_t panel = begin; panel < end; ++panel) {
       multiply_rows<kVectors, S>(x, count, 1, p.inputs, weights_of(memory, panel), stride, bias_of(memory, panel), sums,

@@ -107,7 +107,7 @@ class Backward {
   explicit Backward(const RecurrentParams& params)
       : p(params),
         layout(params),
-        rows_(Schedule::rows(params)),
+        rows_(total_rows(params)),
         threads_(team_size(params, layout)),
         width_(layout.panels * L::kUnits) {}
 
@@ -171,7 +171,7 @@ class Backward {
     for (int64_t panel = slice.panels.begin; panel < slice.panels.end; ++panel)
       for (int64_t b = slice.rows.begin; b < slice.rows.end; ++b)
         for (int64_t lane = 0; lane < layout.units(panel); lane += L::kLanes)
-          f(schedule.batch_index(b), panel * L::kUnits + lane, layout.units(panel) - lane,
+          f(batch_index(p, b), panel * L::kUnits + lane, layout.units(panel) - lane,
             dh_row(b) + panel * L::kUnits + lane, dcarry_row(panel, b) + lane);
   }
 
@@ -197,7 +197,7 @@ class Backward {
     for (int64_t panel = slice.panels.begin; panel < slice.panels.end; ++panel)
       for (int64_t b = slice.rows.begin; b < slice.rows.begin + count; ++b) {
         const bool cut = schedule.is_cut(t, b), first = schedule.is_first(t, b);
-        const int64_t row = schedule.starts[t] + b, index = schedule.batch_index(b), units = layout.units(panel);
+        const int64_t row = schedule.starts[t] + b, index = batch_index(p, b), units = layout.units(panel);
         const T* carry = L::kHasCarry ? layout.saved_carry(p.saved, rows_, panel, row) : nullptr;
         const T* before = L::kHasCarry && !first
                               ? layout.saved_carry(p.saved, rows_, panel, schedule.starts[schedule.time_before(t)] + b)

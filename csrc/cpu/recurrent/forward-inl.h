@@ -84,7 +84,7 @@ class Forward {
     for (int64_t panel = slice.panels.begin; panel < slice.panels.end; ++panel)
       for (int64_t b = slice.rows.begin; b < slice.rows.end; ++b)
         for (int64_t lane = 0; lane < layout.units(panel); lane += L::kLanes) {
-          const int64_t unit = panel * L::kUnits + lane, n = layout.units(panel) - lane, i = schedule.batch_index(b);
+          const int64_t unit = panel * L::kUnits + lane, n = layout.units(panel) - lane, i = batch_index(p, b);
           const V h = p.h_0.data ? load_state<S>(p, p.h_0, i, unit, n) : V(0);
           const V c = p.c_0.data ? load_state<S>(p, p.c_0, i, unit, n) : V(0);
           store(carry_row(panel, b) + lane, Cell::kCarry == Carry::kHidden ? h : c);
@@ -175,7 +175,7 @@ class Forward {
 
   // The cell on one row of one panel, the epilogue of the matrix product.
   FASTSEQ_INLINE void apply(int64_t panel, int64_t t, int64_t b, const T* x, const T* r) const {
-    const int64_t units = layout.units(panel), index = schedule.batch_index(b);
+    const int64_t units = layout.units(panel), index = batch_index(p, b);
     const bool cut = schedule.is_cut(t, b), last = schedule.is_last(t, b);
     T* carry = carry_row(panel, b);
     S* y = schedule.template row<S>(p.y, t, b) + panel * L::kUnits;

@@ -14,8 +14,8 @@ namespace {  // the same names for every cell
 template <class S>
 constexpr RecurrentKernels kernels_of() {
   return {[](const RecurrentParams& p) { return Layout<Cell, S>(p).panels_bytes(); },
-          [](const RecurrentParams& p) { return Layout<Cell, S>(p).saved_bytes(Schedule::rows(p)); },
-          pack_panels<Cell, S>, Forward<Cell, S>::run, Backward<Cell, S>::run};
+          [](const RecurrentParams& p) { return Layout<Cell, S>(p).saved_bytes(total_rows(p)); }, pack_panels<Cell, S>,
+          Forward<Cell, S>::run, Backward<Cell, S>::run};
 }
 
 constexpr RecurrentKernels kKernels[kDtypes] = {kernels_of<float>(), kernels_of<double>(), kernels_of<BFloat16>()};

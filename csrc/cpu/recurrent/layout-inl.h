@@ -6,8 +6,8 @@
 
 #include "cpu/base/simd_math.h"
 #include "cpu/gemm/gemm.h"
-#include "kernels.h"
 #include "math/step.h"
+#include "rows/recurrent.h"
 
 namespace fastseq::FASTSEQ_ISA {
 
@@ -81,22 +81,16 @@ struct Layout {
   using copy_const = typename CopyConst<P, To>::Type;
 };
 
-// The active rows of each step, and the addresses of rows.
+// The active rows of each step, and where they lie.
 struct Schedule {
   const RecurrentParams& p;
   const int64_t* starts;  // (T + 1) first packed row of each step
 
   explicit Schedule(const RecurrentParams& params, const int64_t* packed_starts) : p(params), starts(packed_starts) {}
 
-  static int64_t rows(const RecurrentParams& p) {
-    if (!p.batch_sizes) return p.steps * p.batch;
-    int64_t sum = 0;
-    for (int64_t t = 0; t < p.steps; ++t) sum += p.batch_sizes[t];
-    return sum;
-  }
   static void fill_starts(const RecurrentParams& p, int64_t* starts) {
     starts[0] = 0;
-    for (int64_t t = 0; t < p.steps; ++t) starts[t + 1] = starts[t] + (p.batch_sizes ? p.batch_sizes[t] : p.batch);
+    for (int64_t t = 0; t < p.steps; ++t) starts[t + 1] = starts[t] + active_rows(p, t);
   }
 
   // The s-th step in the order of computation, and the time before it in that order.
@@ -112,22 +106,16 @@ struct Schedule {
     for (int64_t t = 0; t < p.steps; ++t) sum += min(b, p.batch_sizes[t]);
     return sum;
   }
-  int64_t batch_index(int64_t b) const { return p.order ? p.order[b] : b; }
 
   // True if row b starts at time t from its initial state; if time t is its last.
   bool is_first(int64_t t, int64_t b) const { return b >= active(time_before(t)); }
   bool is_last(int64_t t, int64_t b) const { return b >= active(p.reverse ? t - 1 : t + 1); }
   // True if the state is cut before row b enters time t.
-  bool is_cut(int64_t t, int64_t b) const {
-    if (!p.reset || (p.reverse && is_first(t, b))) return false;
-    const int64_t boundary = p.reverse ? t + 1 : t;  // between the steps boundary - 1 and boundary
-    return p.reset[boundary * p.reset_step_stride + batch_index(b) * p.reset_row_stride];
-  }
+  bool is_cut(int64_t t, int64_t b) const { return p.reset && fastseq::is_cut(p, t, is_first(t, b), b); }
 
   template <class S>
   S* row(const Sequence& sequence, int64_t t, int64_t b) const {
-    return (S*)sequence.data + (p.packed ? (starts[t] + b) * sequence.row_stride
-                                         : t * sequence.step_stride + batch_index(b) * sequence.row_stride);
+    return row_at<S>(p, sequence, t, starts[t], b);
   }
 };
 
@@ -136,17 +124,15 @@ template <class S>
 FASTSEQ_INLINE Vec<Compute<S>> load_state(const RecurrentParams& p, const State& state, int64_t index, int64_t u,
                                           int64_t n) {
   using T = Compute<S>;
-  const int64_t at = index * state.row_stride + u;
-  if (p.float_state) return load_first((const T*)state.data + at, n);
-  return load_first((const S*)state.data + at, n);
+  if (p.float_state) return load_first(row_of<const T>(state, index) + u, n);
+  return load_first(row_of<const S>(state, index) + u, n);
 }
 template <class S>
 FASTSEQ_INLINE void store_state(const RecurrentParams& p, const State& state, int64_t index, int64_t u, int64_t n,
                                 Vec<Compute<S>> v) {
   using T = Compute<S>;
-  const int64_t at = index * state.row_stride + u;
-  if (p.float_state) return store_first((T*)state.data + at, v, n);
-  store_first((S*)state.data + at, v, n);
+  if (p.float_state) return store_first(row_of<T>(state, index) + u, v, n);
+  store_first(row_of<S>(state, index) + u, v, n);
 }
 
 // What one thread owns of a step.
@@ -205,7 +191,7 @@ constexpr int64_t kFlopsPerThread = 1'000'000;
 
 template <class Cell, class S>
 int team_size(const RecurrentParams& p, const Layout<Cell, S>& layout) {
-  const int64_t flops = 2 * Schedule::rows(p) * Cell::kTerms * layout.H * (layout.I + layout.H);
+  const int64_t flops = 2 * total_rows(p) * Cell::kTerms * layout.H * (layout.I + layout.H);
   return int(max(1, min(p.threads, min(Partition::most_threads(p, layout), flops / kFlopsPerThread))));
 }
 
@@ -224,7 +210,7 @@ struct HiddenRows {
     for (int64_t b = row_begin; b < row_end; ++b)
       for (int64_t u = begin; u < end; u += V::kLanes)
         store_first(initial + b * p.hidden_size + u,
-                    p.h_0.data ? load_state<S>(p, p.h_0, schedule.batch_index(b), u, end - u) : V(0), end - u);
+                    p.h_0.data ? load_state<S>(p, p.h_0, batch_index(p, b), u, end - u) : V(0), end - u);
   }
   void fill_zeros() const {
     std::memset((void*)(initial + schedule.p.batch * schedule.p.hidden_size), 0, schedule.p.hidden_size * sizeof(S));
