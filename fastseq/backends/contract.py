@@ -1,4 +1,4 @@
-"""What a backend is: a module of kernels for tensors of one kind of device. `native` and `cuda` are such modules."""
+"""A backend is a module of kernels for tensors on one kind of device. `native` and `cuda` are backends."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ __all__ = ["Backend", "CellFacts", "Refused"]
 
 
 class Refused(Exception):
-    """The one exception that means: not served, let torch speak.
+    """A backend does not serve the call. No other exception means that.
 
-    A backend raises it for arguments that it has no kernel for or that do not fit together, before anything is
-    computed; the message names the argument, what was expected and what came. Whoever calls may let torch's own op
-    compute the call or name the mistake. Every other exception is a failure and comes through: no memory, an error of a
-    device, a fault.
+    A backend raises it, before it computes anything, for arguments that it has no kernel for or that do not fit
+    together. The message names the argument, what was expected and what came. The caller may then run torch's own op,
+    which computes the call or names the mistake. Every other exception is a failure, such as a lack of memory or an
+    error of a device, and must reach the user.
     """
 
 
 class CellFacts(NamedTuple):
-    """What the compiled kernels know of a cell: CellKernels in csrc/kernels.h."""
+    """The facts about a cell that its compiled kernels report: CellKernels in csrc/kernels.h."""
 
     name: str
     gates: int  # blocks of H rows in the weights
@@ -37,8 +37,8 @@ class CellFacts(NamedTuple):
 class Backend(Protocol):
     """The names that a backend has.
 
-    For each op in `SERVES` it has that op's functions, as `fastseq.backends.native` describes them; it takes tensors of
-    `DEVICE` in the dtypes that `SERVES` gives, and raises `Refused` for what it does not serve of them.
+    For each op in `SERVES` it has that op's functions, as `fastseq.backends.native` describes them. They take tensors
+    on `DEVICE` in the dtypes that `SERVES` gives, and raise `Refused` for a call that they do not serve.
 
     | op | functions |
     |---|---|
@@ -60,11 +60,12 @@ class Backend(Protocol):
         """The sets of kernels that this machine can run, the best one last."""
 
     def active_isa(self) -> str:
-        """The set that calls take. What a forward saves belongs to it: the backward is told which one it was."""
+        """The set that calls use. Only that set can read what its forward saved, so the backward is told its name."""
 
     def use_isa(self, name: str) -> AbstractContextManager[Any]:
         """Runs a block with another set."""
 
     def filled_with_nan(self) -> AbstractContextManager[Any]:
-        """Runs a block in which new memory, of results and of what is saved, holds NaN: what a kernel leaves out is
-        seen. For tests and `fastseq verify`."""
+        """Runs a block in which new memory, of results and of saved values, holds NaN, so that an element that a kernel
+        does not write shows. For tests and `fastseq verify`.
+        """

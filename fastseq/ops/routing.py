@@ -107,12 +107,12 @@ _frames = torch._C._dynamo.eval_frame
 
 
 def inlined(function: Function) -> Function:
-    """Lets torch.compile have a function, and what it calls, only as a part of a caller that it compiles.
+    """Lets torch.compile compile a function, and what it calls, only as a part of a caller that it compiles.
 
-    Where the caller runs outside a graph, Dynamo compiles the functions that it calls each on its own, in which
-    `is_compiling` is true: what they decide for a graph would be used outside it. Told to Dynamo by the code object, as
-    `torch.compiler.disable` breaks the graphs of callers, costs every call microseconds and imports the compiler, which
-    takes a second.
+    Where the caller runs outside a graph, Dynamo would compile each function that it calls on its own. `is_compiling`
+    is true there, so what the function decides for a graph would be used outside it. Dynamo reads this setting from
+    the code object. `torch.compiler.disable` would break the graphs of callers, cost microseconds in every call and
+    import the compiler, which takes a second.
     """
     if hasattr(_frames, "_FrameExecStrategy"):  # a detail of torch; without it graphs are right, but more and smaller
         skip = _frames._FrameAction.SKIP
@@ -121,8 +121,9 @@ def inlined(function: Function) -> Function:
 
 
 def foreign_function_modes() -> bool:
-    """True where a mode sees the calls of torch's functions. That of torch.set_default_device, which stays on the stack
-    for good, touches factory functions only."""
+    """True where a mode sees the calls of torch's functions. The mode of torch.set_default_device, which stays on the
+    stack for good, does not count: it touches factory functions only.
+    """
     return not all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
@@ -204,10 +205,10 @@ def composes(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def kernels_differentiate(grads: Iterable[Tensor | None]) -> bool:
-    """True where the kernels' backward may take these gradients: plain ones, and nothing has to see what it does.
+    """True where the kernels' backward may take these gradients: they are plain, and nothing must see what it does.
 
-    What held in the forward says nothing here: `create_graph` and `is_grads_batched` are said in the backward. The
-    latter's tensors belong to no transform that torch.func knows of, but have no storage.
+    The answer of the forward does not hold here, as the caller gives `create_graph` and `is_grads_batched` to the
+    backward. The tensors of the latter belong to no transform that torch.func knows of, but have no storage.
     """
     if torch.is_grad_enabled() or transforms_active() or dispatch_modes():
         return False
@@ -220,7 +221,7 @@ def kernels_differentiate(grads: Iterable[Tensor | None]) -> bool:
 
 
 def kernels_selected(op: str, device: str = "cpu", dtype: torch.dtype | None = None) -> bool:
-    """True where a backend is at hand. torch.compile takes the answer for a constant of the graph."""
+    """True where a backend serves the op. torch.compile treats the answer as a constant of the graph."""
     return backends.select(op, device, dtype) is not None
 
 

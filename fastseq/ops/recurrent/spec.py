@@ -1,4 +1,4 @@
-"""What the parts of this room say to each other: the spec of a cell, how a layer is run, what it returns."""
+"""The data that the recurrent modules share: the spec of a cell, how a layer is run, and its results."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ States = tuple[Tensor | None, ...]  # h, then those of `Cell.states`; None for z
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """What a recurrent cell is to the layers around it.
+    """A recurrent cell, as the layers see it.
 
-    The formula is the cell in torch operators: it takes x = W_ih x + b_ih and r = W_hh h + b_hh, each with an attribute
-    (B, H) for each gate, then h, the other states and the parameters, and returns h' and the other states after the
-    step. It computes what no kernels compute. A cell that no kernels know runs by its formula alone.
+    The formula is the cell in torch operators. It takes x = W_ih x + b_ih and r = W_hh h + b_hh, each with an attribute
+    (B, H) for each gate, then h, the other states and the parameters. It returns h' and the other states after the
+    step. It runs where the kernels do not serve a call; a cell without kernels runs by its formula alone.
     """
 
     name: str  # the kernels' name
@@ -34,7 +34,7 @@ class Cell:
     parameters: tuple[str, ...] = ()  # of shape (H,)
     sequence_op: Callable[..., Any] | None = None  # torch's own ops, where it has the cell
     step_op: Callable[..., Any] | None = None
-    autocasts_to_weights: bool = False  # torch's own op, in the dtype of its weights rather than the lower precision
+    autocasts_to_weights: bool = False  # under autocast torch's own op runs in the dtype of its weights
 
     named: type = field(init=False, repr=False)  # the named tuple of the gates, which the formula gets
 
@@ -46,7 +46,7 @@ class Cell:
 
 
 class Layer(NamedTuple):
-    """How a layer is run, all but its tensors."""
+    """How to run a layer: everything but its tensors."""
 
     cell: Cell
     reverse: tuple[bool, ...] = (False,)  # per direction
@@ -68,7 +68,7 @@ class Layer(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What a layer returns. No two tensors share memory, and none is a view."""
+    """The results of a layer. No two tensors share memory, and none is a view."""
 
     y: Tensor  # (T, B, D*H), or (B, T, D*H) where the call is `batch_first`; packed: (R, D*H)
     last: tuple[Tensor, ...]  # of each state, (D, B, H)
@@ -82,14 +82,14 @@ class Results(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What the functions of sequences return."""
+    """The results of `fastseq.rnn`, `lstm` and `gru`."""
 
     output: Tensor  # (T, B, H): h after every step
     hx: Tensor | tuple[Tensor, ...]  # the last states, as the argument `hx`
 
 
 class OutputAndStates(NamedTuple):
-    """What they return with `return_states`."""
+    """Their results with `return_states`."""
 
     output: Tensor
     hx: Tensor | tuple[Tensor, ...]
