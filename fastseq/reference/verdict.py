@@ -2,8 +2,9 @@
 
 The largest error of a computation is partly chance: the same sums in another order may err by half or by twice as much.
 So both sides compute a case five times, in five equivalent forms (the same permutation of keys, units or features given
-to ours and to torch, and undone in the results), and what is compared are medians. One lucky rounding of torch's moves
-no bound, and one unlucky rounding of ours fails nothing.
+to ours and to torch, and undone in the results; of a single key, unit and feature, which leave nothing to permute, five
+draws of the inputs), and what is compared are medians. One lucky rounding of torch's moves no bound, and one unlucky
+rounding of ours fails nothing.
 """
 
 from __future__ import annotations
@@ -61,18 +62,18 @@ class Verdict(NamedTuple):
 def error_rule(
     ours: Sequence[Mapping[str, np.ndarray]],
     torch_: Sequence[Mapping[str, np.ndarray]],
-    ref: Mapping[str, np.ndarray],
+    ref: Mapping[str, np.ndarray] | Sequence[Mapping[str, np.ndarray]],
     dtype: object,
 ) -> Verdict:
     """Whether the median error of ours is at most 2 times torch's + 4 eps max|ref|, and the largest at most 4 times
     torch's median + 4 eps max|ref|.
 
     ours, torch_: the results of equivalent computations by name, the same names in all; five of each, or one for a
-    first look. ref: the reference's results, which may have more. Arrays, or tensors that NumPy can read (bfloat16 it
-    cannot: pass `tensor.float()`). ref should be computed in float64, for float64 results in longdouble. dtype: what
-    the results are stored in, "float32", "float64", "bfloat16" or "float16", or torch's dtype of that name. A value
-    that is not finite fails, whoever it comes from. Raises ValueError if names, shapes or the numbers of computations
-    do not match, if there is nothing to compare, or for another dtype.
+    first look. ref: the reference's results, which may have more, or those for each computation. Arrays, or tensors
+    that NumPy can read (bfloat16 it cannot: pass `tensor.float()`). ref should be computed in float64, for float64
+    results in longdouble. dtype: what the results are stored in, "float32", "float64", "bfloat16" or "float16", or
+    torch's dtype of that name. A value that is not finite fails, whoever it comes from. Raises ValueError if names,
+    shapes or the numbers of computations do not match, if there is nothing to compare, or for another dtype.
 
     >>> ref, torch_ = {"y": np.array([1.0, 2.0])}, [{"y": np.array([1.0, 2.0])}]
     >>> error_rule([{"y": np.array([1.0, 2.0 + 1e-7])}], torch_, ref, "float32").ok
@@ -83,20 +84,21 @@ def error_rule(
     name = str(dtype).removeprefix("torch.")
     if name not in EPS:
         raise ValueError(f"dtype must be one of {', '.join(EPS)}, got {dtype}")
-    if len(ours) != len(torch_) or not ours:
+    refs = [ref] * len(ours) if isinstance(ref, Mapping) else ref
+    if not len(ours) == len(torch_) == len(refs) or not ours:
         raise ValueError(f"as many computations of ours as of torch, at least one, got {len(ours)} and {len(torch_)}")
     names = set(ours[0])
     for results in (*ours, *torch_):
-        if not names or set(results) != names or not names <= set(ref):
-            raise ValueError(f"tensors do not match: {sorted(names)}, {sorted(results)}, ref {sorted(ref)}")
+        if not names or set(results) != names or not names <= set(refs[0]):
+            raise ValueError(f"tensors do not match: {sorted(names)}, {sorted(results)}, ref {sorted(refs[0])}")
 
     def errors(computations):
         return tuple(
             float(np.max([_max_abs(_difference(key, results[key], ref[key])) for key in names]))
-            for results in computations
+            for results, ref in zip(computations, refs, strict=True)
         )
 
-    slack = 4 * EPS[name] * float(np.max([_max_abs(ref[key]) for key in names]))
+    slack = 4 * EPS[name] * float(np.max([_max_abs(ref[key]) for ref in refs for key in names]))
     return Verdict(errors(ours), errors(torch_), slack)
 
 

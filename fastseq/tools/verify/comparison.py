@@ -1,4 +1,4 @@
-"""How a case is compared: both sides compute it in five equivalent forms, against one reference.
+"""How a case is compared: both sides compute it in five equivalent forms, against the reference.
 
 A family of kernels says what its cases are, how the reference, torch and the kernels compute one, and along which axes
 it may be permuted. All else is here.
@@ -20,6 +20,7 @@ from fastseq.reference.verdict import EPS, Verdict, error_rule
 from fastseq.tools.verify.equivalent import permutations
 
 FIRST_SETTLES = 0.5  # of what the rule allows
+FURTHER_SEED = 1_000_003  # of other inputs for a case: far from the seeds of other cases
 
 Results = Mapping[str, np.ndarray]
 
@@ -74,14 +75,23 @@ def compare(
     first_may_settle: where the first computation of each side alone takes at most half of what the rule allows, that is
     the verdict, and the other four are left out.
     """
-    inputs = replace(family.make_inputs(case, dtype, seed), **replaced)
-    reference = family.reference_results(case, inputs, exact_dtype(dtype))
-    inputs = _on(device, inputs)
-    forms = list(permutations(family.free_axes(case)))
+    sizes = family.free_axes(case)
+    forms = list(permutations(sizes))
+    alone = all(size == 1 for size in sizes.values())  # nothing to permute: other inputs instead, drawn alike
+
+    @cache
+    def drawn(n: int) -> Any:
+        return replace(family.make_inputs(case, dtype, seed + n * FURTHER_SEED), **replaced)
+
+    @cache
+    def reference_of(n: int) -> Results:
+        return family.reference_results(case, drawn(n), exact_dtype(dtype)) if alone or not n else reference_of(0)
 
     @cache
     def inputs_of(n: int) -> Any:
-        return replace(inputs, **forms[n].apply(vars(inputs), family.axes))
+        if alone:
+            return _on(device, drawn(n))
+        return replace(_on(device, drawn(0)), **forms[n].apply(vars(_on(device, drawn(0))), family.axes))
 
     @cache
     def by_torch(n: int) -> Results:
@@ -93,7 +103,7 @@ def compare(
 
     def judged(ours: Sequence[Results]) -> Verdict:
         theirs = [{name: by_torch(n)[name] for name in results} for n, results in enumerate(ours)]
-        return error_rule(ours, theirs, reference, dtype)
+        return error_rule(ours, theirs, [reference_of(n) for n in range(len(ours))], dtype)
 
     for isa in isas:
         first = by_kernels(0, isa)
@@ -102,7 +112,7 @@ def compare(
             forms_of = [first, *(by_kernels(n, isa) for n in range(1, len(forms)))]
             verdicts = {kernel: judged([results[kernel] for results in forms_of]) for kernel in first}
         for kernel, results in first.items():
-            largest = max(np.max(np.abs(reference[name])) for name in results)
+            largest = max(np.max(np.abs(reference_of(0)[name])) for name in results)
             verdict = verdicts[kernel]
             trusted = verdict.torch_error <= math.sqrt(EPS[str(dtype).removeprefix("torch.")]) * largest
             yield Comparison(isa, kernel, verdict, trusted, results)
