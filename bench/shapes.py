@@ -3,9 +3,12 @@
 import os
 from typing import NamedTuple
 
+from fastseq.ops import CELLS as CELL_SPECS
+
 SMALL = os.environ.get("FASTSEQ_BENCH_SMALL", "") not in ("", "0")  # a smoke test: tiny shapes, one round
 
-GATES = {"RNN": 1, "LSTM": 4, "GRU": 3, "RNNCell": 1, "LSTMCell": 4, "GRUCell": 3}
+GATES = {cell.mode: len(cell.gates) for cell in CELL_SPECS.values()}
+GATES |= {f"{mode}Cell": gates for mode, gates in GATES.items()}
 
 
 class Shape(NamedTuple):

@@ -3,7 +3,7 @@ exist already."""
 
 import torch  # noqa: F401  first: its OpenMP library must be the one that the kernels find
 
-from fastseq import compat, ops, reference
+from fastseq import cells, compat, nn, ops, reference
 from fastseq.nn import (
     GRU,
     LSTM,
@@ -35,6 +35,7 @@ __all__ = [
     "RNNCell",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",
+    "cells",
     "compat",
     "freeze",
     "fuse",
@@ -44,6 +45,7 @@ __all__ = [
     "layer_norm",
     "lstm",
     "lstm_cell",
+    "nn",
     "ops",
     "reference",
     "rnn",

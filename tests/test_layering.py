@@ -50,6 +50,8 @@ MAY_INCLUDE = {
     "": {"math", "cpu/base"},
 }
 
+CELLS = re.findall(r"^CELL\((\w+)", (CSRC / "cells.def").read_text(), re.M)
+
 PYTHON_FILES = sorted(PACKAGE.rglob("*.py"))
 CXX_FILES = sorted(
     path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cuh", ".cu") and path != VENDORED
@@ -140,6 +142,28 @@ def test_what_a_backend_has_is_asked_of_its_contract(path):
             assert not re.search(r"backend|native|cuda", ast.unparse(node.args[0])), f"{path}:{node.lineno}"
 
 
+# Who may know a cell by its name: the cell's own files. Torch's class names are others ("LSTM"); lists of public names
+# hold functions.
+_STEMS = "|".join(sorted({name.split("_")[0] for name in CELLS}))
+OF_A_CELL = re.compile(rf"ops/cells/\w+\.py|(nn|reference)/({_STEMS})\.py")
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=name_of)
+def test_no_cell_is_known_by_its_name(path):
+    if OF_A_CELL.fullmatch(str(path.relative_to(PACKAGE))):
+        return
+    tree = ast.parse(path.read_text())
+    public = [
+        leaf
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        for leaf in ast.walk(node)
+    ]
+    names = {*CELLS, *(name.split("_")[0] for name in CELLS)}
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value in names]
+    assert not [f"{path}:{node.lineno}" for node in found if node not in public]
+
+
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=name_of)
 def test_the_package_imports_no_tests(path):
     assert not {name.split(".")[0] for name in imports_of(path)} & {"tests", "bench", "cases", "pytest"}
@@ -200,7 +224,6 @@ def test_file_size(path):
 
 
 ISAS = re.findall(r"^ISA\((\w+)", (CSRC / "isas.def").read_text(), re.M)
-CELLS = re.findall(r"^CELL\((\w+)", (CSRC / "cells.def").read_text(), re.M)
 
 
 def kernel_objects():

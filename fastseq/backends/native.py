@@ -3,9 +3,9 @@ normalization, forward and backward; linear layers, forward.
 
 Of the recurrent functions: T steps, B rows, input size I, hidden size H, G gates. Weights are (w_ih (G*H, I), w_hh
 (G*H, H), b_ih (G*H,), b_hh (G*H,)) in torch's layout and gate order, the biases both None or both given. Cells are
-"rnn_tanh", "rnn_relu", "lstm", "gru". Of all: dtypes are float32, float64 and bfloat16, one per call. Tensors must be
-plain (Tensor or Parameter, on the CPU), with a unit stride along the last dimension: what anything else means is for
-the caller to say. `Refused` for anything else.
+those of `CELLS`, by name. Of all: dtypes are float32, float64 and bfloat16, one per call. Tensors must be plain
+(Tensor or Parameter, on the CPU), with a unit stride along the last dimension: what anything else means is for the
+caller to say. `Refused` for anything else.
 """
 
 from __future__ import annotations

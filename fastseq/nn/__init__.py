@@ -14,6 +14,8 @@ Their method `step(x_t, state)` runs one step with the same weights.
 They derive from `nn.RNNBase`, not from `nn.RNN`, `nn.LSTM` and `nn.GRU`, because torch.compile refuses every instance
 of those three. `fastseq.compat` has the same modules with those three as bases.
 
+Recurrent and RecurrentCell are the same for any cell, those that torch lacks among them.
+
 A call that the kernels do not serve runs torch's own ops: `fastseq info` prints the table.
 """
 
@@ -22,6 +24,7 @@ from fastseq.nn.gru import GRU, GRUCell
 from fastseq.nn.kv_cache import KVCache
 from fastseq.nn.layer_norm import LayerNorm
 from fastseq.nn.lstm import LSTM, LSTMCell
+from fastseq.nn.recurrent import Recurrent, RecurrentCell
 from fastseq.nn.rnn import RNN, RNNCell
 from fastseq.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
@@ -35,6 +38,8 @@ __all__ = [
     "LayerNorm",
     "MultiheadAttention",
     "RNNCell",
+    "Recurrent",
+    "RecurrentCell",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",
 ]

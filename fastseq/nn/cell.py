@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastseq.nn.drop_in import DropIn
 from fastseq.nn.packed_weights import PackedWeights, PacksWeights
@@ -20,8 +20,6 @@ from fastseq.ops.routing import Route
 
 class CellModule(DropIn, PacksWeights):
     """What RNNCell, LSTMCell and GRUCell share."""
-
-    _torch_class: ClassVar[type[nn.Module]]
 
     def _step(self, cell: Cell, input: Tensor, *states: Tensor | None) -> tuple[Tensor, ...] | None:
         """The states after the step, or None where torch's own forward has to compute them or to name the mistake."""
@@ -67,7 +65,7 @@ class CellModule(DropIn, PacksWeights):
             weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
             misfit = checks.step_misfit(cell, x, states, weights)
             if misfit is not None:
-                with UntilOp(cell.step_op.__name__, misfit):
+                with UntilOp(cell.step_op.__name__, RuntimeError(misfit)):
                     self._torch_class.forward(self, input, hx)
                 raise RuntimeError(misfit)
         return self._torch_class.forward(self, input, hx)

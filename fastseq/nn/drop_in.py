@@ -24,7 +24,7 @@ class DropIn:
     """
 
     # Looked up at import: if someone sets `torch.nn.LSTM = fastseq.LSTM`, a later look-up would find ourselves.
-    _torch_class: ClassVar[type[nn.Module]]
+    _torch_class: ClassVar[type[nn.Module] | None] = None  # None: torch has no such layer
     _torch_calls: ClassVar[tuple[str, ...]] = ()  # methods that torch's forward calls and ours does not
     _replaces: ClassVar[bool] = False  # a subclass has one of them of its own
     _forward_is_ours: ClassVar[bool] = True
@@ -70,6 +70,8 @@ class DropIn:
 
     def __prepare_scriptable__(self) -> DropIn:
         """What torch.jit.script compiles: this module, with torch's forward until it is called, copied or pickled."""
+        if self._torch_class is None:
+            raise RuntimeError(f"torch.jit.script: torch has no {type(self).__name__}, whose forward it could compile")
         self.__class__ = _scriptable(type(self))
         return self
 

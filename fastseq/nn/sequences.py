@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.overrides import TorchFunctionMode
 
@@ -21,7 +21,7 @@ from fastseq.ops.autograd import needs_grad
 from fastseq.ops.lengths import packed_rows, padded_rows
 from fastseq.ops.memory import all_contiguous, unit_stride
 from fastseq.ops.recurrent import checks
-from fastseq.ops.recurrent.function import run_layer
+from fastseq.ops.recurrent.function import has_kernels, run_layer
 from fastseq.ops.recurrent.spec import Cell, Direction, Layer, States
 from fastseq.ops.routing import Route
 
@@ -52,7 +52,6 @@ class SequenceModule(DropIn, PacksWeights):
         "get_expected_hidden_size",
         "permute_hidden",
     )
-    _torch_class: ClassVar[type[nn.Module] | None] = None  # None: torch lacks the cell
     _cell: Cell
 
     def forward(
@@ -79,8 +78,10 @@ class SequenceModule(DropIn, PacksWeights):
             for direction in weights:
                 tensors += direction
             route, backend = routing.route("recurrent", tensors)
-            if route is not Route.KERNELS:
-                misfit = checks.unlike(tensors, 1 + len(states))
+            if backend is not None and cell.name not in backend.CELLS:
+                route, backend = Route.TORCH, None
+            if route is not Route.KERNELS and (unlike := checks.unlike(tensors, 1 + len(states))):
+                misfit = RuntimeError(unlike)
         if misfit is not None or route is not Route.KERNELS:
             node = self._node(input, hx, lengths=lengths, reset=reset, return_states=return_states)
             if node is not None:
@@ -91,6 +92,8 @@ class SequenceModule(DropIn, PacksWeights):
         if empty and not packed:
             checks.check_steps(data, self._steps(data))
         if (empty or self.proj_size) and (route is Route.KERNELS or route is Route.GRAPH):
+            route = Route.TORCH
+        if route is Route.GRAPH and not has_kernels(cell.name):
             route = Route.TORCH
         if route is Route.KERNELS and not beyond_torch and self._replaced():
             route = Route.TORCH
@@ -246,9 +249,13 @@ class SequenceModule(DropIn, PacksWeights):
             states = tuple(None if s is None else s.unsqueeze(1) for s in states)
         tensors = [w for direction in weights for w in direction]
         route, backend = routing.route("recurrent", (x, *tensors), states)
+        if backend is not None and self._cell.name not in backend.CELLS:
+            route, backend = Route.TORCH, None
         if route is not Route.KERNELS and (misfit := checks.unlike((x, *tensors), 1)):
             raise RuntimeError(misfit)
         if route in (Route.KERNELS, Route.GRAPH) and (self.proj_size or not x.numel()):
+            route = Route.TORCH
+        if route is Route.GRAPH and not has_kernels(self._cell.name):
             route = Route.TORCH
         float_state = x.dtype is torch.bfloat16
         checks.check_states(x, states, or_float32=float_state)
@@ -351,35 +358,38 @@ class SequenceModule(DropIn, PacksWeights):
 
     def _misfit(
         self, cell: Cell, data: object, batch: int | None, states: States | None, weights: list[Direction] | None
-    ) -> str | None:
-        """The first that is not as it should be, dtypes and devices apart; None where all is.
+    ) -> Exception | None:
+        """What the first that is not as it should be raises, dtypes and devices apart; None where all is.
 
         Torch's ops do not look: oneDNN's LSTM reads and writes as far as the sizes of the input say.
         """
         if not isinstance(data, Tensor):
-            return f"input must be a Tensor or a PackedSequence, got {type(data).__name__}"
+            return TypeError(f"input must be a Tensor or a PackedSequence, got {type(data).__name__}")
         if states is None:
-            return f"{cell.mode.lower()} expects {_expected_hx(cell)} for hx"
+            return RuntimeError(f"{cell.mode.lower()} expects {_expected_hx(cell)} for hx")
         rank, unbatched = data.dim(), False
         if batch is not None:
             if rank != 2:
-                return f"input must have 2 dimensions, got {rank}"
+                return RuntimeError(f"input must have 2 dimensions, got {rank}")
         elif rank == 3:
             batch = data.shape[0 if self.batch_first else 1]
         elif rank == 2:
             unbatched, batch = True, 1
         else:
-            return f"{cell.mode}: Expected input to be 2D or 3D, got {rank}D instead"
+            return ValueError(f"{cell.mode}: Expected input to be 2D or 3D, got {rank}D instead")
         if data.shape[-1] != self.input_size:
-            return f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {data.shape[-1]}"
+            return RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {data.shape[-1]}"
+            )
         if states[0] is not None:
             sizes = self._state_sizes(batch)
             if unbatched:
                 sizes = tuple((size[0], size[2]) for size in sizes)
             for state, size in zip(states, sizes, strict=True):
                 if state.shape != size:
-                    return checks.states_misfit(states, sizes)
-        return self._weights_misfit(cell, weights)
+                    return RuntimeError(checks.states_misfit(states, sizes))
+        misfit = self._weights_misfit(cell, weights)
+        return None if misfit is None else RuntimeError(misfit)
 
     def _weights_misfit(self, cell: Cell, weights: list[Direction] | None) -> str | None:
         if weights is None:
@@ -408,23 +418,23 @@ class SequenceModule(DropIn, PacksWeights):
                         return f"{name} must have shape {shape}, got {tuple(weight.shape)}"
         return None
 
-    def _refuse(self, misfit: str, input: Any, hx: Any) -> NoReturn:
+    def _refuse(self, misfit: Exception, input: Any, hx: Any) -> NoReturn:
         """Raises torch's own error where its module has one for these arguments, else ours."""
         if self._torch_class is not None and not routing.is_compiling():
             with UntilOp(self._cell.sequence_op.__name__, misfit):
                 self._torch_class.forward(self, input, hx)
-        raise RuntimeError(misfit)
+        raise misfit
 
 
 class UntilOp(TorchFunctionMode):
     """Lets torch's module check its arguments, but not call its op, which would compute something of them."""
 
-    def __init__(self, op: str, misfit: str) -> None:
+    def __init__(self, op: str, misfit: Exception) -> None:
         self.op, self.misfit = op, misfit
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.__name__ == self.op:
-            raise RuntimeError(self.misfit)
+            raise self.misfit
         return func(*args, **(kwargs or {}))
 
 

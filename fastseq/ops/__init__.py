@@ -11,19 +11,25 @@ reverse: True runs each sequence from its last step to its first, cut by `reset`
 return_states: True adds `states`, the states after every step, which are zero at padding.
 """
 
+import pkgutil
+from importlib import import_module
+
+from fastseq.ops import cells
 from fastseq.ops.attention.function import AttentionFunction, SelfAttentionFunction
 from fastseq.ops.attention.sdpa import scaled_dot_product_attention
 from fastseq.ops.attention.spec import Attention
-from fastseq.ops.cells.gru import GRU, gru, gru_cell
-from fastseq.ops.cells.lstm import LSTM, lstm, lstm_cell
-from fastseq.ops.cells.rnn import RELU, TANH, rnn, rnn_cell
+from fastseq.ops.cells.gru import gru, gru_cell
+from fastseq.ops.cells.lstm import lstm, lstm_cell
+from fastseq.ops.cells.rnn import rnn, rnn_cell
 from fastseq.ops.linear import LinearFunction
 from fastseq.ops.normalization import LayerNormFunction, layer_norm
 from fastseq.ops.recurrent.function import RecurrentFunction, StepFunction
 from fastseq.ops.recurrent.spec import Cell, Layer
 from fastseq.ops.routing import SERVICE
 
-CELLS = {cell.name: cell for cell in (TANH, RELU, LSTM, GRU)}
+# By name: each module of the room `cells` holds one or more.
+_modules = (import_module(f"{cells.__name__}.{found.name}") for found in pkgutil.iter_modules(cells.__path__))
+CELLS = {cell.name: cell for module in _modules for cell in vars(module).values() if isinstance(cell, Cell)}
 
 __all__ = [
     "CELLS",

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LAYERS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
+LAYERS = {layer.__name__.lower(): layer for layer in (nn.LSTM, nn.GRU, nn.RNN)}
+DEFAULT = next(iter(LAYERS))
 
 
 class TextError(ValueError):
@@ -88,7 +89,7 @@ class CharLM(nn.Module):
     """Embedding, recurrent layers, linear: characters (T, B) -> scores of the next one (T, B, V) and the state."""
 
     def __init__(
-        self, vocabulary: int, cell: str = "lstm", embedding: int = 128, hidden: int = 256, layers: int = 2
+        self, vocabulary: int, cell: str = DEFAULT, embedding: int = 128, hidden: int = 256, layers: int = 2
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, embedding)

@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 
 from fastseq.tools import info, verify
-from fastseq.tools.char_lm import LAYERS, TextError
+from fastseq.tools.char_lm import DEFAULT, LAYERS, TextError
 
 USAGE_ERROR = 2
 MOST_THREADS = 1024
@@ -52,7 +52,7 @@ def _parser() -> _Parser:
 
     demo = commands.add_parser("demo", help="a language model on real text, by torch.nn and after fuse(): both speeds")
     demo.add_argument("--text", type=Path, metavar="FILE", help="default: the sources of this Python's library")
-    demo.add_argument("--cell", choices=tuple(LAYERS), default="lstm", help="default: %(default)s")
+    demo.add_argument("--cell", choices=tuple(LAYERS), default=DEFAULT, help="default: %(default)s")
     demo.add_argument("--steps", type=_count, default=200, metavar="N", help="training steps, default: %(default)s")
     demo.add_argument(
         "--output", type=Path, default=Path("fastseq-demo.png"), metavar="PNG", help="default: %(default)s"

@@ -19,18 +19,17 @@ from typing import Any, get_args, get_origin, get_type_hints
 import jinja2
 from matplotlib.figure import Figure
 
+from fastseq.ops import CELLS
+
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 COMPUTE_BOUND = 0.75  # of the FMA peak
 CALL_BOUND = 10e-6  # seconds of arithmetic, at the peak
 BUSY = 1.1  # load average per processor: more than this run can cause itself
+_KINDS = tuple(dict.fromkeys(cell.mode for cell in CELLS.values()))
 MODULES = (
-    "RNN",
-    "LSTM",
-    "GRU",
-    "RNNCell",
-    "LSTMCell",
-    "GRUCell",
+    *_KINDS,
+    *(f"{kind}Cell" for kind in _KINDS),
     "scaled_dot_product_attention",
     "MultiheadAttention",
     "LayerNorm",

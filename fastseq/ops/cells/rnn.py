@@ -21,7 +21,9 @@ def _relu(x: Any, r: Any, h: Tensor) -> tuple[Tensor]:
 
 
 TANH = Cell("rnn_tanh", "RNN", gates=("a",), formula=_tanh, sequence_op=_VF.rnn_tanh, step_op=_VF.rnn_tanh_cell)
-RELU = Cell("rnn_relu", "RNN", gates=("a",), formula=_relu, sequence_op=_VF.rnn_relu, step_op=_VF.rnn_relu_cell)
+RELU = Cell(
+    "rnn_relu", "RNN", gates=("a",), formula=_relu, sequence_op=_VF.rnn_relu, step_op=_VF.rnn_relu_cell, kinks=True
+)
 
 
 def rnn_of(nonlinearity: str) -> Cell:

@@ -57,6 +57,15 @@ def run_layer(
     return _laid_out(call, results)
 
 
+def has_kernels(cell: str) -> bool:
+    """True where there are kernels for a cell of this name. torch.compile takes the answer for a constant."""
+    backend = backends.select("recurrent")
+    return backend is not None and cell in backend.CELLS
+
+
+has_kernels._dynamo_marked_constant = True
+
+
 def _laid_out(call: Layer, results: Results) -> Results:
     return results._replace(y=results.y.transpose(0, 1)) if call.batch_first else results
 

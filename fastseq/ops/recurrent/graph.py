@@ -16,7 +16,7 @@ from torch import Tensor
 from fastseq import backends
 from fastseq.ops.lengths import padded_rows
 from fastseq.ops.recurrent import formula, kernels
-from fastseq.ops.recurrent.spec import Cell, Direction, Layer, Results, States, Weights
+from fastseq.ops.recurrent.spec import Direction, Layer, Results, States, Weights, known_cell
 
 
 def layer(call: Layer, x: Tensor, states: States, weights: Weights) -> Results:
@@ -43,12 +43,6 @@ def _zeros(call: Layer, place: int, other: Tensor, weights: Direction) -> Tensor
     return other.new_zeros(*other.shape[:2], w_hh.shape[0] // len(call.cell.gates) if place else w_hh.shape[1])
 
 
-def _cell(name: str) -> Cell:
-    from fastseq.ops import CELLS  # their modules import this one
-
-    return CELLS[name]
-
-
 def _call(
     x: Tensor,
     states: Sequence[Tensor],
@@ -68,7 +62,7 @@ def _call(
     rows = None if lengths is None else padded_rows(lengths, x.shape[0], x.shape[1], x.device)
     if len(weights) < 4 * len(reverse):
         weights = [w for d in range(len(reverse)) for w in (*weights[2 * d : 2 * d + 2], None, None)]
-    call = Layer(_cell(cell), tuple(reverse), rows, reset, *options)
+    call = Layer(known_cell(cell), tuple(reverse), rows, reset, *options)
     return call, backend, tuple(states) or (None,) * (1 + len(call.cell.states)), list(weights)
 
 
@@ -102,7 +96,7 @@ def recurrent_layer(
 @recurrent_layer.register_fake
 def _(x, states, weights, lengths, reset, cell, reverse, every_state, float_state):
     steps, batch, _ = x.shape
-    spec, directions = _cell(cell), len(reverse)
+    spec, directions = known_cell(cell), len(reverse)
     output, hidden = weights[1].shape[1], weights[1].shape[0] // len(spec.gates)
     dtype = torch.float32 if float_state else x.dtype
     y = x.new_empty(steps, batch, output * directions)

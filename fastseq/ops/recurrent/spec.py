@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -35,14 +35,31 @@ class Cell:
     sequence_op: Callable[..., Any] | None = None  # torch's own ops, where it has the cell
     step_op: Callable[..., Any] | None = None
     autocasts_to_weights: bool = False  # under autocast torch's own op runs in the dtype of its weights
-
+    kinks: bool = False  # the gradient jumps, as relu's at 0, next to which no two roundings can be compared
     named: type = field(init=False, repr=False)  # the named tuple of the gates, which the formula gets
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "named", namedtuple("Gates", self.gates))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cell:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from fastseq.ops import CELLS
+
+        if CELLS.get(self.name) is self:
+            return known_cell, (self.name,)
+        return Cell, tuple(getattr(self, each.name) for each in fields(self) if each.init)
+
     def __repr__(self) -> str:
         return f"<cell {self.name}: gates {' '.join(self.gates)}, states {' '.join(('h', *self.states))}>"
+
+
+def known_cell(name: str) -> Cell:
+    """The cell of the package with this name."""
+    from fastseq.ops import CELLS  # their modules import this one
+
+    return CELLS[name]
 
 
 class Layer(NamedTuple):

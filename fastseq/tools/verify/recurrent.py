@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastseq.reference.torch_layout import recurrent_forward_backward, torch_layers
+from fastseq.ops import CELLS
+from fastseq.ops.recurrent import formula
+from fastseq.reference.torch_layout import recurrent_forward_backward
 from fastseq.tools.verify.comparison import Family
 from fastseq.tools.verify.tensors import array
 
-GATES = {name: layer.gates for name, layer in torch_layers().items()}
-CELLS = tuple(GATES)
 # B rows, I inputs, H units; the gates are parts of H units each.
 AXES = {
     "x": "BI", "h_0": "BH", "c_0": "BH", "w_ih": "HI", "w_hh": "HH", "b_ih": "H", "b_hh": "H", "reset": "B",
@@ -124,7 +124,8 @@ def make_inputs(cell: str, case: Case, dtype: torch.dtype, seed: int = 0) -> Inp
     """Random inputs of a case, rounded to `dtype`."""
     generator = torch.Generator().manual_seed(seed)
     T, B, H = case.steps, case.batch, case.hidden_size
-    gates, lstm = GATES[cell] * H, cell == "lstm"
+    spec = CELLS[cell]
+    gates, other = len(spec.gates) * H, bool(spec.states)  # one at most, c, in what the kernels have
 
     def normal(*shape, scale=1.0):
         return (scale * torch.randn(*shape, generator=generator)).to(dtype)
@@ -137,8 +138,8 @@ def make_inputs(cell: str, case: Case, dtype: torch.dtype, seed: int = 0) -> Inp
     x = normal(T, B, case.input_size, scale=case.scale)
     w_ih, w_hh = normal(gates, case.input_size, scale=case.input_size**-0.5), normal(gates, H, scale=H**-0.5)
     biases = (normal(gates, scale=0.5), normal(gates, scale=0.5)) if case.bias else (None, None)
-    if cell == "rnn_relu":
-        # Next to relu's kink a rounding error flips a gradient between 0 and 1, and no two results can be compared. So
+    if spec.kinks:
+        # Next to a kink a rounding error flips a gradient between 0 and 1, and no two results can be compared. So
         # the first feature drives every unit well to one side or the other, and the rest is small beside it.
         w_ih *= 0.25 / case.scale
         w_hh *= 0.25
@@ -147,15 +148,15 @@ def make_inputs(cell: str, case: Case, dtype: torch.dtype, seed: int = 0) -> Inp
     return Inputs(
         x=x,
         h_0=normal(B, H),
-        c_0=normal(B, H) if lstm else None,
+        c_0=normal(B, H) if other else None,
         w_ih=w_ih,
         w_hh=w_hh,
         b_ih=biases[0],
         b_hh=biases[1],
         dy=normal(T, B, H),
         dh_n=normal(B, H),
-        dc_n=normal(B, H) if lstm else None,
-        dc_all=normal(T, B, H) if lstm and case.every_cell_state else None,
+        dc_n=normal(B, H) if other else None,
+        dc_all=normal(T, B, H) if other and case.every_cell_state else None,
         lengths=lengths,
         reset=torch.rand(T, B, generator=generator) < 0.3 if case.reset else None,
     )
@@ -186,12 +187,13 @@ def reference_results(cell: str, case: Case, inputs: Inputs, dtype: type) -> dic
 
 
 def torch_results(cell: str, case: Case, inputs: Inputs) -> dict[str, np.ndarray]:
-    """The same by torch: its sequence op where that can, else its cell in a loop."""
+    """The same by torch: its sequence op where that can, else its cell in a loop, or the formula of a cell that it
+    lacks."""
     leaves = [inputs.x, inputs.h_0, inputs.c_0, *inputs.weights]
     leaves = [None if a is None else a.clone().requires_grad_() for a in leaves]
     x, h_0, c_0, *weights = leaves
     state = (h_0,) if c_0 is None else (h_0, c_0)
-    if case.lengths or case.packed or case.reset:
+    if case.lengths or case.packed or case.reset or CELLS[cell].sequence_op is None:
         y, state_n, c_all = _torch_loop(cell, case, x, state, weights, inputs)
     else:
         y, state_n, c_all = *_torch_sequence(cell, case, x, state, weights), None
@@ -217,14 +219,14 @@ def _torch_sequence(cell: str, case: Case, x: Tensor, state: tuple[Tensor, ...],
     hx = [part[None] for part in state]
     x = x.flip(0) if case.reverse else x
     weights = [weight for weight in weights if weight is not None]
-    y, *state_n = getattr(torch, cell)(
-        x, hx if cell == "lstm" else hx[0], weights, case.bias, 1, 0.0, True, False, False
-    )
+    spec = CELLS[cell]
+    hx = hx if spec.states else hx[0]
+    y, *state_n = spec.sequence_op(x, hx, weights, case.bias, 1, 0.0, True, False, False)
     return y.flip(0) if case.reverse else y, [part[0] for part in state_n]
 
 
 def _torch_loop(cell: str, case: Case, x: Tensor, state: tuple[Tensor, ...], weights: list, inputs: Inputs):
-    step = getattr(torch, f"{cell}_cell")
+    spec = CELLS[cell]
     active = inputs.active[..., None].to(x.device)
     cut = torch.zeros_like(active) if inputs.reset is None else inputs.reset[..., None] & active
     if case.reverse:  # the cut between t and t + 1 is met on the way from t + 1 to t
@@ -232,8 +234,11 @@ def _torch_loop(cell: str, case: Case, x: Tensor, state: tuple[Tensor, ...], wei
     all_states = [None] * case.steps
     for t in reversed(range(case.steps)) if case.reverse else range(case.steps):
         before = [torch.where(cut[t], 0, part) for part in state]
-        after = step(x[t], before if cell == "lstm" else before[0], *weights)
-        after = after if cell == "lstm" else (after,)
+        if spec.step_op is None:
+            after = formula.step(spec, x[t], tuple(before), tuple(weights))
+        else:
+            after = spec.step_op(x[t], before if spec.states else before[0], *weights)
+            after = after if spec.states else (after,)
         state = [torch.where(active[t], new, old) for new, old in zip(after, state, strict=True)]
         all_states[t] = [torch.where(active[t], new, 0) for new in after]
     y, *c_all = (torch.stack(parts) for parts in zip(*all_states, strict=True))
