@@ -63,7 +63,8 @@ def row(**changes):
 def test_benchmarks_run(record):
     benchmarks = json.loads(record.read_text())["benchmarks"]
     assert {bench["fullname"].split("::")[0] for bench in benchmarks} == {
-        f"bench/bench_{name}.py" for name in ("rnn", "lstm", "gru", "steps", "cells", "attention", "layer_norm")
+        f"bench/bench_{name}.py"
+        for name in ("rnn", "lstm", "gru", "recurrent", "steps", "cells", "attention", "layer_norm")
     }
     facts = [bench["extra_info"] for bench in benchmarks]
     assert {fact["threads"] for fact in facts} == {1, torch.get_num_threads()}

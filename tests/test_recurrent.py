@@ -77,7 +77,7 @@ def test_a_step_a_cell_and_a_sequence_agree(cell):
     layer, x = make(cell), torch.randn(T, B, I, dtype=torch.float64)
     single = fastseq.nn.RecurrentCell(cell, I, H, dtype=torch.float64)
     single.load_state_dict({name.removesuffix("_l0"): value for name, value in layer.state_dict().items()})
-    output, _ = layer(x)
+    output, last = layer(x)
     state = of_cell = None
     for x_t in x:
         y, state = layer.step(x_t, state)
