@@ -83,8 +83,7 @@ class Case:
 
 # ---- recurrent layers
 
-# The functions, with their options. Those of cells without one come from their specs. A new cell changes the lines of no
-# other.
+# The functions, with their options; those of other cells come from their specs. A new one changes no line of another.
 CELLS: dict[str, tuple[Callable[..., tuple], dict[str, str]]] = {
     "rnn_tanh": (fastseq.rnn, {}),
     "rnn_relu": (fastseq.rnn, {"nonlinearity": "relu"}),

@@ -1,11 +1,13 @@
 """The promises in bits: any number of threads, any cut into chunks, any other rows, any run gives the same result."""
 
+from functools import partial
+
 import pytest
 import torch
 from cases import DTYPES, each_dtype
 
 import fastseq
-from fastseq import backends
+from fastseq import backends, ops
 from fastseq.ops import CELLS
 from fastseq.tools.verify.recurrent import Case, make_inputs
 
@@ -13,7 +15,7 @@ native = backends.select("recurrent")
 if native is None:
     pytest.skip("the kernels are not built", allow_module_level=True)
 
-MODULES = {
+MODULES = {name: partial(fastseq.nn.Recurrent, cell) for name, cell in ops.CELLS.items()} | {
     "rnn_tanh": lambda *sizes, **options: fastseq.RNN(*sizes, **options),
     "rnn_relu": lambda *sizes, **options: fastseq.RNN(*sizes, nonlinearity="relu", **options),
     "lstm": fastseq.LSTM,

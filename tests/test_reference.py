@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import itertools
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from fastseq.reference.torch_layout import torch_layers
 
 SHAPES = (*SMALL_SHAPES, Shape(7, 5, 63, 65))
 each_cell = pytest.mark.parametrize("cell", torch_layers())
+each_cell_of_torch = pytest.mark.parametrize("cell", [c for c in torch_layers() if hasattr(torch._VF, f"{c}_cell")])
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.id)
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.id)
 
@@ -106,7 +108,7 @@ def run_torch_module(cell, shape, directions, lengths=None):
 
 
 @each_shape
-@each_cell
+@each_cell_of_torch
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_equals_torch_modules_in_both_directions(cell, shape, packed):
     directions = [random_inputs(cell, shape, seed) for seed in (1, 2)]
@@ -164,7 +166,7 @@ def run_torch_cells_by_segment(cell, shape, inputs, lengths, reset, reverse):
 
 
 @each_shape
-@each_cell
+@each_cell_of_torch
 @each_variant
 def test_equals_loop_of_torch_cells(cell, shape, variant):
     inputs = random_inputs(cell, shape)
@@ -196,17 +198,11 @@ def test_gradients_equal_finite_differences(cell, variant):
     assert_close({name: result[name] for name in expected}, expected, "finite difference")
 
 
-STEP_ARGUMENTS = {
-    "rnn": ("x", "prev_h", "Wx", "Wh", "b"),
-    "lstm": ("x", "prev_h", "prev_c", "Wx", "Wh", "b"),
-    "gru": ("x", "prev_h", "Wx", "Wh", "b", "b_hn"),
-}
-
-
 def course_functions(cell, kind=""):
     """The forward and the backward function of a cell, kind "" or "step_", and the keywords that choose the cell."""
     stem = cell.partition("_")[0]
-    forward, backward = (getattr(reference, f"{stem}_{kind}{direction}") for direction in ("forward", "backward"))
+    module = importlib.import_module(f"fastseq.reference.{stem}")
+    forward, backward = (getattr(module, f"{stem}_{kind}{direction}") for direction in ("forward", "backward"))
     return forward, backward, {"nonlinearity": "relu"} if cell == "rnn_relu" else {}
 
 
@@ -219,15 +215,27 @@ def course_inputs(cell, N=4, T=6, D=3, H=5, dtype=np.float64):
     return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
 
 
+FIVE = "x", "prev_h", "Wx", "Wh", "b"
+
+
+def step_arguments(cell):
+    """What a step takes: the five arguments of every cell, and a second state or a second bias."""
+    taken = inspect.signature(course_functions(cell, "step_")[0]).parameters
+    return [name for name in taken if name in (*FIVE, "prev_c", "b_hn")]
+
+
+def further_arguments(cell):
+    return [name for name in step_arguments(cell) if name not in FIVE]
+
+
 def sequence_arguments(cell, inputs):
-    names = ("x", "prev_h", "Wx", "Wh", "b") + {"lstm": ("prev_c",), "gru": ("b_hn",)}.get(cell, ())
-    return [inputs[name] for name in names]
+    return [inputs[name] for name in (*FIVE, *further_arguments(cell))]
 
 
 @each_cell
 def test_step_gradients_equal_finite_differences(cell):
     forward, backward, extra = course_functions(cell, "step_")
-    names = STEP_ARGUMENTS[cell.partition("_")[0]]
+    names = step_arguments(cell)
     inputs = course_inputs(cell)
     inputs["x"] = inputs["x"][:, 0]
     dnext = [inputs["dh"][:, 0], inputs["dc"][:, 0]][: 2 if cell == "lstm" else 1]
@@ -252,7 +260,7 @@ def test_sequence_equals_steps_bitwise(cell):
     step_forward, _, _ = course_functions(cell, "step_")
     inputs = course_inputs(cell)
     h, *states, _ = forward(*sequence_arguments(cell, inputs), **extra, return_states=True)
-    names = STEP_ARGUMENTS[cell.partition("_")[0]]
+    names = step_arguments(cell)
     step = dict(inputs)
     for t in range(inputs["x"].shape[1]):
         step["x"] = inputs["x"][:, t]
@@ -272,11 +280,11 @@ def test_five_argument_calls_of_the_course(cell):
     arguments = sequence_arguments(cell, inputs)[:5]
     h, cache = forward(*arguments, **extra)
     gradients = backward(inputs["dh"], cache)
-    zeros = {"gru": [np.zeros(5)], "lstm": [np.zeros((4, 5))]}.get(cell, [])  # b_hn; c0
+    zeros = [np.zeros_like(inputs[name]) for name in further_arguments(cell)]
     h_explicit, cache = forward(*arguments, *zeros, **extra)
     assert np.array_equal(h, h_explicit)
     assert [d.shape for d in gradients[:5]] == [a.shape for a in arguments]
-    assert len(gradients) == (6 if cell == "gru" else 5)
+    assert len(gradients) == 5 + ("b_hn" in further_arguments(cell))
     for gradient, explicit in zip(gradients, backward(inputs["dh"], cache), strict=True):
         assert np.array_equal(gradient, explicit)
 
@@ -327,7 +335,7 @@ def test_computes_in_the_dtype_of_its_arguments(cell, dtype):
     gradients = backward(inputs["dh"], cache)
     assert {a.dtype for a in (*outputs, *gradients)} == {np.dtype(dtype)}
     step_forward, step_backward, _ = course_functions(cell, "step_")
-    names = STEP_ARGUMENTS[cell.partition("_")[0]]
+    names = step_arguments(cell)
     inputs["x"] = inputs["x"][:, 0]
     *outputs, cache = step_forward(*(inputs[name] for name in names), **extra)
     gradients = step_backward(*outputs, cache)
@@ -375,6 +383,13 @@ def mpmath_hidden_states(cell, inputs):
                     r, z = (sigmoid(input_term[k * H + u] + hidden_term[k * H + u]) for k in range(2))
                     n = mpmath.tanh(input_term[2 * H + u] + r * hidden_term[2 * H + u])
                     next_h.append((1 - z) * n + z * h[u])
+                h = np.array(next_h)
+            elif cell == "mgu":
+                next_h = []
+                for u in range(H):
+                    f = sigmoid(input_term[u] + hidden_term[u])
+                    n = mpmath.tanh(input_term[H + u] + f * hidden_term[H + u])
+                    next_h.append((1 - f) * h[u] + f * n)
                 h = np.array(next_h)
             elif cell == "lstm":
                 next_h, next_c = [], []
