@@ -46,6 +46,9 @@ class Service(NamedTuple):
 SERVICE: tuple[Service, ...] = (
     Service("CPU tensors in float32, float64 or bfloat16", "kernels", "forward and backward, any sizes"),
     Service("lengths=, reset=, return_states=, step()", "kernels", "same dtypes; other cases: torch ops, step by step"),
+    Service(
+        "Recurrent, RecurrentCell of a cell of fastseq.cells", "kernels", "a cell without: torch ops, step by step"
+    ),
     Service("PackedSequence, sorted or not", "kernels", "rows active at each step, no padding computed"),
     Service("scaled_dot_product_attention, with masks and dropout", "kernels", "same dtypes; no scores in memory"),
     Service("causal=, window=, lengths, cu_seqlens, softcap, ...", "kernels", "other cases: torch ops with all scores"),
