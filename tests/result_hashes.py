@@ -91,8 +91,7 @@ CELLS: dict[str, tuple[Callable[..., tuple], dict[str, str]]] = {
     "gru": (fastseq.gru, {}),
 }
 MODULES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "rnn_tanh": (fastseq.RNN, fastseq.RNNCell),
-    "rnn_relu": (fastseq.RNN, fastseq.RNNCell),
+    **dict.fromkeys(("rnn_tanh", "rnn_relu"), (fastseq.RNN, fastseq.RNNCell)),
     "lstm": (fastseq.LSTM, fastseq.LSTMCell),
     "gru": (fastseq.GRU, fastseq.GRUCell),
 }
@@ -100,12 +99,12 @@ MODULES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 def of_spec(cell: Any) -> Callable[..., tuple]:
     """What `fastseq.gru` is to the GRU."""
-    from fastseq.ops.recurrent.function import run_sequence
+    from fastseq.ops.recurrent.function import run_sequence  # an older tree has another
 
     options = {"lengths": None, "reset": None, "reverse": False, "return_states": False}
 
-    def function(x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None, **given: Any):
-        return run_sequence(cell, x, hx, (w_ih, w_hh, b_ih, b_hh), **options | given)
+    def function(x: Tensor, hx: Any, *weights: Tensor, **given: Any) -> tuple:
+        return run_sequence(cell, x, hx, (*weights, None, None)[:4], **options | given)
 
     return function
 
