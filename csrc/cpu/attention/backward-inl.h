@@ -31,9 +31,9 @@ struct AttentionBackward {
 
   const AttentionParams& p;
   const L layout;
-  int64_t group, heads, query_blocks, shares, padded_keys, operand_elements, sum_elements, scratch_elements;
+  int64_t group, heads, query_blocks, shares, padded_keys, operand_bytes, sum_bytes, scratch_bytes;
   BiasGradient<S> bias;
-  T *operands = nullptr, *sums = nullptr, *scratch = nullptr;
+  char *operands = nullptr, *sums = nullptr, *scratch = nullptr;
   Queue queue;
 
   explicit AttentionBackward(const AttentionParams& params)
@@ -45,13 +45,9 @@ struct AttentionBackward {
         shares(max(1, min(ceil_div(kItems, heads), group * query_blocks))),
         padded_keys(G::ceil(p.keys)),
         bias(p, shares) {
-    using A = Arena<T>;
-    operand_elements = A::size(padded_keys * panel_depth<O>(p.head_dim)) +
-                       A::size(padded_keys * panel_depth<O>(p.value_dim)) +
-                       A::size(panel_depth<O>(padded_keys) * layout.key_row);
-    sum_elements = A::size(padded_keys * layout.key_row) + A::size(padded_keys * layout.value_row) +
-                   A::size(bias.sum_planes() * bias.sum_row());
-    scratch_elements = Block::elements(p, layout) + A::size(kQueryBlock * layout.key_row);
+    operand_bytes = Arena::bytes_of<Operands>(*this);
+    sum_bytes = Arena::bytes_of<Sums>(*this);
+    scratch_bytes = Arena::bytes_of<Scratch>(*this);
   }
 
   static Status run(const AttentionParams& p) {
@@ -59,19 +55,17 @@ struct AttentionBackward {
       if (few_queries(p)) return AttentionBackward<S, T>::run(p);
     const int threads = attention_threads(p);
     AttentionBackward backward(p);
-    const int64_t operands = backward.shares > 1 ? backward.heads : threads;
-    const int64_t sums = backward.shares > 1 ? backward.heads * backward.shares : threads;
-    const int64_t elements =
-        operands * backward.operand_elements + sums * backward.sum_elements + threads * backward.scratch_elements;
-    backward.operands = (T*)allocate(elements * int64_t(sizeof(T)));
+    const int64_t operands = (backward.shares > 1 ? backward.heads : threads) * backward.operand_bytes;
+    const int64_t sums = (backward.shares > 1 ? backward.heads * backward.shares : threads) * backward.sum_bytes;
+    backward.operands = (char*)allocate(operands + sums + threads * backward.scratch_bytes);
     if (!backward.operands) return kOutOfMemory;
     if (p.dbias && backward.bias.allocate_turns() != kOk) {
       backward.bias.release_turns();
       release(backward.operands);
       return kOutOfMemory;
     }
-    backward.sums = backward.operands + operands * backward.operand_elements;
-    backward.scratch = backward.sums + sums * backward.sum_elements;
+    backward.sums = backward.operands + operands;
+    backward.scratch = backward.sums + sums;
     parallel(threads, [](void* context, const Team& team) { ((AttentionBackward*)context)->work(team); }, &backward);
     backward.bias.release_turns();
     release(backward.operands);
@@ -83,55 +77,60 @@ struct AttentionBackward {
   struct Operands {
     Element *keys, *values, *key_rows;  // K and V as panels of rows, K as (padded S, key_row)
 
-    Operands(const AttentionBackward& a, int64_t index) {
-      Arena<T> arena{a.operands + index * a.operand_elements};
-      keys = (Element*)arena.take(a.padded_keys * panel_depth<O>(a.p.head_dim));
-      values = (Element*)arena.take(a.padded_keys * panel_depth<O>(a.p.value_dim));
-      key_rows = (Element*)arena.take(panel_depth<O>(a.padded_keys) * a.layout.key_row);
+    Operands(const AttentionBackward& a, Arena& arena) {
+      keys = arena.take<Element>(a.padded_keys * panel_depth<O>(a.p.head_dim));
+      values = arena.take<Element>(a.padded_keys * panel_depth<O>(a.p.value_dim));
+      key_rows = arena.take<Element>(panel_depth<O>(a.padded_keys) * a.layout.key_row);
     }
   };
+  Operands operands_of(int64_t index) const {
+    Arena arena(operands + index * operand_bytes);
+    return Operands(*this, arena);
+  }
 
   // Of a share.
   struct Sums {
     T *dk, *dv;  // (S, key_row), (S, value_row)
     T* dbias;    // (sum_planes, sum_row)
 
-    Sums(const AttentionBackward& a, int64_t index) {
-      Arena<T> arena{a.sums + index * a.sum_elements};
-      dk = arena.take(a.padded_keys * a.layout.key_row);
-      dv = arena.take(a.padded_keys * a.layout.value_row);
-      dbias = arena.take(a.bias.sum_planes() * a.bias.sum_row());
+    Sums(const AttentionBackward& a, Arena& arena) {
+      dk = arena.take<T>(a.padded_keys * a.layout.key_row);
+      dv = arena.take<T>(a.padded_keys * a.layout.value_row);
+      dbias = arena.take<T>(a.bias.sum_planes() * a.bias.sum_row());
     }
   };
+  Sums sums_of(int64_t index) const {
+    Arena arena(sums + index * sum_bytes);
+    return Sums(*this, arena);
+  }
 
   // Of a thread.
   struct Scratch {
-    Arena<T> arena;
     Block block;
     T* dq;  // (kQueryBlock, key_row)
 
-    Scratch(const AttentionBackward& a, T* memory) : arena{memory}, block(a.p, a.layout, arena) {
-      dq = arena.take(kQueryBlock * a.layout.key_row);
-    }
+    Scratch(const AttentionBackward& a, Arena& arena)
+        : block(a.p, a.layout, arena), dq(arena.take<T>(kQueryBlock * a.layout.key_row)) {}
   };
 
   void work(const Team& team) {
-    const Scratch s(*this, scratch + team.rank * scratch_elements);
+    Arena arena(scratch + team.rank * scratch_bytes);
+    const Scratch s(*this, arena);
     if (shares == 1) {
-      const Operands operands(*this, team.rank);
+      const Operands own = operands_of(team.rank);
       for (int64_t head; (head = queue.take()) < heads;) {
-        for (int64_t key = 0; key < p.keys; key += kPackBlock) pack(head, key, operands);
-        add_share(head, 0, operands, Sums(*this, team.rank), s);
+        for (int64_t key = 0; key < p.keys; key += kPackBlock) pack(head, key, own);
+        add_share(head, 0, own, sums_of(team.rank), s);
         for (int64_t key = 0; key < p.keys; key += kPackBlock) finish(head, key, team.rank);
       }
       return;
     }
     const int64_t blocks = ceil_div(p.keys, kPackBlock);
     for (int64_t unit = team.rank; unit < heads * blocks; unit += team.size)
-      pack(unit / blocks, unit % blocks * kPackBlock, Operands(*this, unit / blocks));
+      pack(unit / blocks, unit % blocks * kPackBlock, operands_of(unit / blocks));
     team.wait();
     for (int64_t item; (item = queue.take()) < heads * shares;)
-      add_share(item / shares, item % shares, Operands(*this, item / shares), Sums(*this, item), s);
+      add_share(item / shares, item % shares, operands_of(item / shares), sums_of(item), s);
     team.wait();
     for (int64_t unit = team.rank; unit < heads * blocks; unit += team.size)
       finish(unit / blocks, unit % blocks * kPackBlock, unit / blocks * shares);
@@ -243,11 +242,11 @@ struct AttentionBackward {
   void finish(int64_t head, int64_t key, int64_t first_sum) const {
     const int64_t b = head / p.kv_heads, n = head % p.kv_heads, end = min(p.keys, key + kPackBlock);
     const Extent extent(p, b);
-    const Sums total(*this, first_sum);
+    const Sums total = sums_of(first_sum);
     const auto write = [&](const Heads& out, T* rows, int64_t row, int64_t width, T factor, const auto& rows_of) {
       for (int64_t j = key; j < min(end, extent.keys); ++j) {
         for (int64_t share = 1; share < shares; ++share) {
-          const T* part = rows_of(Sums(*this, first_sum + share)) + j * row;
+          const T* part = rows_of(sums_of(first_sum + share)) + j * row;
           for (int64_t c = 0; c < width; c += kLanes<T>)
             store(rows + j * row + c, load(rows + j * row + c) + load(part + c));
         }

@@ -20,8 +20,8 @@ struct AttentionDecode {
 
   const AttentionParams& p;
   int64_t group, heads, most_rows, chunks, chunk_keys, q_row, padded_value_dim;
-  int64_t part_elements, scratch_elements;
-  T *parts = nullptr, *scratch = nullptr;
+  int64_t part_bytes, scratch_bytes;
+  char *parts = nullptr, *scratch = nullptr;
   Queue queue;
 
   explicit AttentionDecode(const AttentionParams& params)
@@ -34,17 +34,17 @@ struct AttentionDecode {
     const int64_t wanted = max(1, min(ceil_div(kItems, heads), p.keys / kLeastChunk));
     chunk_keys = max(kUnit, ceil_div(ceil_div(p.keys, wanted), kUnit) * kUnit);
     chunks = max(1, ceil_div(p.keys, chunk_keys));
-    part_elements = Part::elements(*this);
-    scratch_elements = Scratch::elements(*this);
+    part_bytes = Arena::bytes_of<Part>(*this);
+    scratch_bytes = Arena::bytes_of<Scratch>(*this);
   }
 
   static Status run(const AttentionParams& p) {
     const int threads = attention_threads(p);
     AttentionDecode decode(p);
-    const int64_t elements = decode.heads * decode.chunks * decode.part_elements + threads * decode.scratch_elements;
-    decode.parts = (T*)allocate(elements * int64_t(sizeof(T)));
+    const int64_t parts = decode.heads * decode.chunks * decode.part_bytes;
+    decode.parts = (char*)allocate(parts + threads * decode.scratch_bytes);
     if (!decode.parts) return kOutOfMemory;
-    decode.scratch = decode.parts + decode.heads * decode.chunks * decode.part_elements;
+    decode.scratch = decode.parts + parts;
     parallel(threads, [](void* context, const Team& team) { ((AttentionDecode*)context)->work(team); }, &decode);
     release(decode.parts);
     return kOk;
@@ -56,16 +56,14 @@ struct AttentionDecode {
     SoftmaxRows<T> softmax;
     T* out;  // (rows, padded E)
 
-    static int64_t elements(const AttentionDecode& d) {
-      return 2 * Arena<T>::size(SoftmaxRows<T>::padded(d.most_rows)) + Arena<T>::size(d.most_rows * d.padded_value_dim);
-    }
-    Part(const AttentionDecode& d, int64_t head, int64_t chunk) {
-      Arena<T> arena{d.parts + (head * d.chunks + chunk) * d.part_elements};
-      softmax.largest = arena.take(SoftmaxRows<T>::padded(d.most_rows));
-      softmax.sum = arena.take(SoftmaxRows<T>::padded(d.most_rows));
-      out = arena.take(d.most_rows * d.padded_value_dim);
+    Part(const AttentionDecode& d, Arena& arena) : softmax(d.most_rows, arena) {
+      out = arena.take<T>(d.most_rows * d.padded_value_dim);
     }
   };
+  Part part_of(int64_t head, int64_t chunk) const {
+    Arena arena(parts + (head * chunks + chunk) * part_bytes);
+    return Part(*this, arena);
+  }
 
   // Of one thread.
   struct Scratch {
@@ -73,22 +71,18 @@ struct AttentionDecode {
     T *next, *factors;
     uint32_t* words;
 
-    static int64_t elements(const AttentionDecode& d) {
-      return Arena<T>::size(kFewRows * d.q_row) + Arena<T>::size(kFewRows * kRow) +
-             2 * Arena<T>::size(SoftmaxRows<T>::padded(kFewRows)) + Arena<T>::size(Scores<S>::draw_size(kPart));
-    }
-    Scratch(const AttentionDecode& d, T* memory) {
-      Arena<T> arena{memory};
-      q = arena.take(kFewRows * d.q_row);
-      scores = arena.take(kFewRows * kRow);
-      next = arena.take(SoftmaxRows<T>::padded(kFewRows));
-      factors = arena.take(SoftmaxRows<T>::padded(kFewRows));
-      words = (uint32_t*)arena.take(Scores<S>::draw_size(kPart));
+    Scratch(const AttentionDecode& d, Arena& arena) {
+      q = arena.take<T>(kFewRows * d.q_row);
+      scores = arena.take<T>(kFewRows * kRow);
+      next = arena.take<T>(SoftmaxRows<T>::padded(kFewRows));
+      factors = arena.take<T>(SoftmaxRows<T>::padded(kFewRows));
+      words = arena.take<uint32_t>(Scores<S>::draw_size(kPart));
     }
   };
 
   void work(const Team& team) {
-    const Scratch s(*this, scratch + team.rank * scratch_elements);
+    Arena arena(scratch + team.rank * scratch_bytes);
+    const Scratch s(*this, arena);
     for (int64_t item; (item = queue.take()) < heads * chunks;) attend(item / chunks, item % chunks, s);
     team.wait();
     for (int64_t head = team.rank; head < heads; head += team.size) finish(head);
@@ -103,7 +97,7 @@ struct AttentionDecode {
     const int64_t b = head / p.kv_heads, n = head % p.kv_heads;
     const Extent extent(p, b);
     const int64_t rows = group * extent.queries;
-    const Part part(*this, head, chunk);
+    const Part part = part_of(head, chunk);
     part.softmax.start(rows);
     fill(part.out, rows * padded_value_dim, T(0));
     const Range seen = extent.window(p).keys_of(0, extent.queries);
@@ -153,12 +147,12 @@ struct AttentionDecode {
   void finish(int64_t head) const {
     const int64_t b = head / p.kv_heads;
     const Extent extent(p, b);
-    const Part total(*this, head, 0);
+    const Part total = part_of(head, 0);
     for (int64_t r = 0; r < group * extent.queries; ++r) {
       T* sum = total.out + r * padded_value_dim;
       OnlineSoftmax<V> state{V(total.softmax.largest[r]), V(total.softmax.sum[r])};
       for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-        const Part part(*this, head, chunk);
+        const Part part = part_of(head, chunk);
         V own, other = state.merge({V(part.softmax.largest[r]), V(part.softmax.sum[r])}, own);
         for (int64_t c = 0; c < padded_value_dim; c += V::kLanes)
           store(sum + c, fma(load(part.out + r * padded_value_dim + c), other, load(sum + c) * own));

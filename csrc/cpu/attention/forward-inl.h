@@ -23,10 +23,9 @@ struct AttentionForward {
 
   const AttentionParams& p;
   int64_t group, heads, query_blocks, wave;
-  int64_t padded_value_dim, key_depth, key_elements, slot_elements, scratch_elements;
+  int64_t padded_value_dim, key_depth, slot_bytes, scratch_bytes;
   bool own_slots;
-  Element* slots = nullptr;
-  T* scratch = nullptr;
+  char *slots = nullptr, *scratch = nullptr;
   Queue queue;
 
   AttentionForward(const AttentionParams& params, int threads)
@@ -36,12 +35,10 @@ struct AttentionForward {
         query_blocks(ceil_div(p.queries, kQueryBlock)),
         padded_value_dim(G::ceil(p.value_dim)),
         key_depth(panel_depth<O>(p.head_dim)),
-        key_elements(G::ceil(p.keys) * key_depth),
-        slot_elements(Arena<T>::size(key_elements) +
-                      Arena<T>::size(panel_depth<O>(G::ceil(p.keys)) * padded_value_dim)),
-        scratch_elements(Scratch::elements(*this)),
+        slot_bytes(Arena::bytes_of<Slot>(*this)),
+        scratch_bytes(Arena::bytes_of<Scratch>(*this)),
         own_slots(heads >= 4 * threads) {
-    const int64_t fitting = kSharedBytes / (max(1, slot_elements) * int64_t(sizeof(T)));
+    const int64_t fitting = kSharedBytes / max(1, slot_bytes);
     wave = own_slots ? threads : max(1, min(heads, fitting));
   }
 
@@ -49,16 +46,30 @@ struct AttentionForward {
     if (few_queries(p)) return AttentionDecode<S>::run(p);
     const int threads = attention_threads(p);
     AttentionForward forward(p, threads);
-    const int64_t elements = forward.wave * forward.slot_elements + threads * forward.scratch_elements;
-    forward.slots = (Element*)allocate(elements * int64_t(sizeof(T)));
+    const int64_t slots = forward.wave * forward.slot_bytes;
+    forward.slots = (char*)allocate(slots + threads * forward.scratch_bytes);
     if (!forward.slots) return kOutOfMemory;
-    forward.scratch = (T*)(forward.slots + forward.wave * forward.slot_elements);
+    forward.scratch = forward.slots + slots;
     parallel(threads, [](void* context, const Team& team) { ((AttentionForward*)context)->work(team); }, &forward);
     release(forward.slots);
     return kOk;
   }
 
  private:
+  // Of a head.
+  struct Slot {
+    Element *keys, *values;  // K as panels of rows, V as panels of columns
+
+    Slot(const AttentionForward& f, Arena& arena) {
+      keys = arena.take<Element>(G::ceil(f.p.keys) * f.key_depth);
+      values = arena.take<Element>(panel_depth<O>(G::ceil(f.p.keys)) * f.padded_value_dim);
+    }
+  };
+  Slot slot_of(int64_t index) const {
+    Arena arena(slots + index * slot_bytes);
+    return Slot(*this, arena);
+  }
+
   // Of one thread.
   struct Scratch {
     T *q, *scores, *out;  // (kQueryBlock, D), scaled; (6, kRow); (kQueryBlock, padded E), not yet divided by the sum
@@ -67,30 +78,21 @@ struct AttentionForward {
     uint32_t* words;
 
     static constexpr int64_t kRows = SoftmaxRows<T>::padded(G::kRows);
-    static int64_t query_elements(const AttentionForward& f) { return kQueryBlock * G::ceil(f.p.head_dim); }
-    static int64_t elements(const AttentionForward& f) {
-      using A = Arena<T>;
-      return A::size(query_elements(f)) + A::size(G::kRows * kRow) + A::size(kQueryBlock * f.padded_value_dim) +
-             2 * A::size(SoftmaxRows<T>::padded(kQueryBlock)) + 2 * A::size(kRows) +
-             A::size(Scores<S>::draw_size(kKeys));
-    }
-    Scratch(const AttentionForward& f, T* memory) {
-      Arena<T> arena{memory};
-      q = arena.take(query_elements(f));
-      scores = arena.take(G::kRows * kRow);
-      out = arena.take(kQueryBlock * f.padded_value_dim);
-      softmax.largest = arena.take(SoftmaxRows<T>::padded(kQueryBlock));
-      softmax.sum = arena.take(SoftmaxRows<T>::padded(kQueryBlock));
-      next = arena.take(kRows);
-      factors = arena.take(kRows);
-      words = (uint32_t*)arena.take(Scores<S>::draw_size(kKeys));
+    Scratch(const AttentionForward& f, Arena& arena) : softmax(kQueryBlock, arena) {
+      q = arena.take<T>(kQueryBlock * G::ceil(f.p.head_dim));
+      scores = arena.take<T>(G::kRows * kRow);
+      out = arena.take<T>(kQueryBlock * f.padded_value_dim);
+      next = arena.take<T>(kRows);
+      factors = arena.take<T>(kRows);
+      words = arena.take<uint32_t>(Scores<S>::draw_size(kKeys));
     }
   };
 
   void work(const Team& team) {
-    const Scratch s(*this, scratch + team.rank * scratch_elements);
+    Arena arena(scratch + team.rank * scratch_bytes);
+    const Scratch s(*this, arena);
     if (own_slots) {
-      Element* slot = slots + team.rank * slot_elements;
+      const Slot slot = slot_of(team.rank);
       for (int64_t head; (head = queue.take()) < heads;) {
         for (int64_t key = 0; key < p.keys; key += kPackBlock) pack(head, key, slot);
         for (int64_t item = 0; item < group * query_blocks; ++item) attend(head, item % group, item / group, slot, s);
@@ -101,36 +103,35 @@ struct AttentionForward {
     for (int64_t first = 0; first < heads; first += wave) {
       const int64_t count = min(wave, heads - first);
       for (int64_t unit = team.rank; unit < count * pack_blocks; unit += team.size)
-        pack(first + unit / pack_blocks, unit % pack_blocks * kPackBlock, slots + unit / pack_blocks * slot_elements);
+        pack(first + unit / pack_blocks, unit % pack_blocks * kPackBlock, slot_of(unit / pack_blocks));
       if (team.rank == 0) queue.next = 0;
       team.wait();
       // The last rows first: with a causal mask, they see the most keys.
       for (int64_t item; (item = queue.take()) < count * group * query_blocks;) {
         const int64_t block = query_blocks - 1 - item / (count * group), head = item % (count * group) / group;
-        attend(first + head, item % group, block, slots + head * slot_elements, s);
+        attend(first + head, item % group, block, slot_of(head), s);
       }
       team.wait();
     }
   }
 
-  // Keys [key, key + kPackBlock) of a head: K as panels of rows, V as panels of columns.
-  void pack(int64_t head, int64_t key, Element* slot) const {
+  // Keys [key, key + kPackBlock) of a head.
+  void pack(int64_t head, int64_t key, const Slot& slot) const {
     const int64_t b = head / p.kv_heads, n = head % p.kv_heads;
     const Extent extent(p, b);
     const Range seen = extent.window(p).keys_of(0, extent.queries);
     const int64_t count = min(kPackBlock, extent.keys - key);
     if (count <= 0 || seen.end <= key || key + count <= seen.begin) return;
     pack_rows(row_of<const S>(p.k, b, n, extent.k_start + key), p.k.row_stride, count, p.head_dim,
-              slot + key * key_depth);
+              slot.keys + key * key_depth);
     pack_columns(row_of<const S>(p.v, b, n, extent.k_start + key), p.v.row_stride, count, p.value_dim,
-                 values_of(slot) + panel_depth<O>(key) * G::kColumns, value_panel());
+                 slot.values + panel_depth<O>(key) * G::kColumns, value_panel());
   }
 
-  Element* values_of(Element* slot) const { return slot + Arena<T>::size(key_elements); }
   int64_t value_panel() const { return panel_depth<O>(G::ceil(p.keys)) * G::kColumns; }
 
   // Rows [block * kQueryBlock, ...) of the `member`-th query head that uses this head of keys and values.
-  void attend(int64_t head, int64_t member, int64_t block, Element* slot, const Scratch& s) const {
+  void attend(int64_t head, int64_t member, int64_t block, const Slot& slot, const Scratch& s) const {
     const int64_t b = head / p.kv_heads, n = head % p.kv_heads * group + member, first = block * kQueryBlock;
     const Extent extent(p, b);
     const Scores<S> scores(p, extent, b, n);
@@ -164,7 +165,7 @@ struct AttentionForward {
   }
 
   // Adds the keys of a part, all of them in the kKeys from a multiple of kColumns on.
-  void add_keys(const Scores<S>& scores, Left<O> queries, int64_t first, int64_t rows, Range part, Element* slot,
+  void add_keys(const Scores<S>& scores, Left<O> queries, int64_t first, int64_t rows, Range part, const Slot& slot,
                 const Scratch& s) const {
     constexpr int64_t kDepth = PanelOf<O>::kDepth;
     const EvenSplit split(rows, G::kRows);
@@ -177,7 +178,7 @@ struct AttentionForward {
       scores.prefetch(first + row, count, key, end - key);
       multiply_in_blocks(count, columns / G::kColumns, p.head_dim,
                          Left<O>{queries.data + row * queries.row, queries.row, 1},
-                         Right<O>{slot + key * key_depth, key_depth * G::kColumns, G::kColumns}, s.scores, kRow);
+                         Right<O>{slot.keys + key * key_depth, key_depth * G::kColumns, G::kColumns}, s.scores, kRow);
       fill(s.next, Scratch::kRows, -T(__builtin_inff()));
       for (int64_t m = 0; m < count; ++m) {
         T* s_row = s.scores + m * kRow;
@@ -198,7 +199,7 @@ struct AttentionForward {
       const int64_t from = begin / kDepth * kDepth;  // a pair may start with a key that nobody sees, its weight is 0
       multiply<Before::kScaled>(count, padded_value_dim / G::kColumns, end - from,
                                 Left<O>{(const O*)s.scores + (from - key), kRow * kDepth, 1},
-                                Right<O>{values_of(slot) + from / kDepth * G::kColumns, value_panel(), G::kColumns},
+                                Right<O>{slot.values + from / kDepth * G::kColumns, value_panel(), G::kColumns},
                                 s.out + row * padded_value_dim, padded_value_dim, s.factors);
     }
   }

@@ -53,28 +53,21 @@ struct QueryBlock {
 
   static bool own_bias_scores(const AttentionParams& p) { return p.dbias && p.softcap > 0; }
 
-  static int64_t elements(const AttentionParams& p, const L& layout) {
-    using A = Arena<T>;
-    const int64_t tiles = 2 + own_bias_scores(p) + !kWidened;  // two of halves take the place of one
-    return A::size(kQueryBlock * layout.key_row) + A::size(kQueryBlock * layout.value_row) + 4 * A::size(kQueryBlock) +
-           tiles * A::size(kQueryBlock * kTileRow) + 2 * A::size(kTileRow) + A::size(Scores<S>::draw_size(kTileRow));
-  }
-
-  QueryBlock(const AttentionParams& params, const L& layout, Arena<T>& arena) : p(params), layout(layout) {
-    q = (Element*)arena.take(kQueryBlock * layout.key_row);
-    dout = (Element*)arena.take(kQueryBlock * layout.value_row);
-    lse = arena.take(kQueryBlock);
-    lse_rest = arena.take(kQueryBlock);
-    delta = arena.take(kQueryBlock);
-    dlse = arena.take(kQueryBlock);
-    weights = arena.take(kQueryBlock * kTileRow);
-    scores = arena.take(kQueryBlock * kTileRow);
-    bias_scores = own_bias_scores(p) ? arena.take(kQueryBlock * kTileRow) : scores;
-    paired_scores = kWidened ? nullptr : (Element*)arena.take(kQueryBlock * kTileRow);
+  QueryBlock(const AttentionParams& params, const L& layout, Arena& arena) : p(params), layout(layout) {
+    q = arena.take<Element>(kQueryBlock * layout.key_row);
+    dout = arena.take<Element>(kQueryBlock * layout.value_row);
+    lse = arena.take<T>(kQueryBlock);
+    lse_rest = arena.take<T>(kQueryBlock);
+    delta = arena.take<T>(kQueryBlock);
+    dlse = arena.take<T>(kQueryBlock);
+    weights = arena.take<T>(kQueryBlock * kTileRow);
+    scores = arena.take<T>(kQueryBlock * kTileRow);
+    bias_scores = own_bias_scores(p) ? arena.take<T>(kQueryBlock * kTileRow) : scores;
+    paired_scores = kWidened ? nullptr : arena.take<Element>(kQueryBlock * kTileRow);
     narrow_scores = kWidened ? nullptr : (O*)(paired_scores + kQueryBlock / 2 * kTileRow);
-    probabilities = arena.take(kTileRow);
-    derivative = arena.take(kTileRow);
-    words = (uint32_t*)arena.take(Scores<S>::draw_size(kTileRow));
+    probabilities = arena.take<T>(kTileRow);
+    derivative = arena.take<T>(kTileRow);
+    words = arena.take<uint32_t>(Scores<S>::draw_size(kTileRow));
   }
 
   // ---- operands; i and j are multiples of kDepth where they are what a product sums over

@@ -3,6 +3,7 @@
 
 #include "cpu/attention/streamed_product-inl.h"
 #include "cpu/attention/tile_product-inl.h"
+#include "cpu/base/arena.h"
 #include "cpu/base/simd_math.h"
 #include "cpu/base/threads.h"
 #include "rows/attention.h"
@@ -33,19 +34,6 @@ template <class T>
 FASTSEQ_INLINE void fill(T* out, int64_t count, T value) {
   for (int64_t i = 0; i < count; ++i) out[i] = value;
 }
-
-// Consecutive arrays of elements; each starts a cache line.
-template <class T>
-struct Arena {
-  T* next;
-
-  static constexpr int64_t size(int64_t count) { return ceil_div(count * int64_t(sizeof(T)), 64) * 64 / sizeof(T); }
-  T* take(int64_t count) {
-    T* array = next;
-    next += size(count);
-    return array;
-  }
-};
 
 // Below about a million flops a thread, waking it costs more than it saves. A few queries take five times as long for
 // their flops: they wait for memory.

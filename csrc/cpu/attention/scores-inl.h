@@ -177,6 +177,8 @@ struct SoftmaxRows {
 
   T *largest, *sum;
 
+  SoftmaxRows(int64_t rows, Arena& arena) : largest(arena.take<T>(padded(rows))), sum(arena.take<T>(padded(rows))) {}
+
   void start(int64_t rows) const {
     fill(largest, padded(rows), -T(__builtin_inff()));
     fill(sum, padded(rows), T(0));

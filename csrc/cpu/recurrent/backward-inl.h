@@ -91,10 +91,12 @@ class Backward {
  public:
   static Status run(const RecurrentParams& p) {
     Backward driver(p);
-    const int64_t bytes = driver.lay_out(nullptr);
-    char* memory = (char*)allocate(bytes);
+    Arena needed;
+    driver.lay_out(needed);
+    void* memory = allocate(needed.bytes());
     if (!memory) return kOutOfMemory;
-    driver.lay_out(memory);
+    Arena arena(memory);
+    driver.lay_out(arena);
     driver.schedule.starts = driver.starts_;
     Schedule::fill_starts(p, driver.starts_);
     driver.hidden_.fill_zeros();
@@ -111,12 +113,9 @@ class Backward {
         threads_(team_size(params, layout)),
         width_(layout.panels * L::kUnits) {}
 
-  // Places the buffers of the call one after the other; returns their size.
-  int64_t lay_out(char* memory) {
-    int64_t bytes = 0;
-    const auto place = [&](auto*& pointer, bool wanted, int64_t count) {
-      pointer = wanted ? (std::remove_reference_t<decltype(pointer)>)(memory + bytes) : nullptr;
-      if (wanted) bytes += ceil_div(count * int64_t(sizeof *pointer), 64) * 64;
+  void lay_out(Arena& arena) {
+    const auto place = [&](auto*& array, bool wanted, int64_t count) {
+      array = wanted ? arena.take<std::remove_reference_t<decltype(*array)>>(count) : nullptr;
     };
     const bool pack_recurrent = !TransposedWeights<Cell, S, false>::in_place(layout, layout.H, rows_);
     const bool pack_input = p.dx.data && !TransposedWeights<Cell, S, true>::in_place(layout, layout.I, rows_);
@@ -134,7 +133,6 @@ class Backward {
     place(packed_, gradients, threads_ * Gradient::packed_elements());
     place(sums_, gradients && Gradient::needs_sums(rows_), Gradient::sums_elements(layout, max(layout.I, layout.H)));
     place(parts_, part_elements_ > 0, threads_ * part_elements_);
-    return bytes;
   }
 
   void work(const Team& team) {

@@ -17,41 +17,39 @@ class Forward {
 
  public:
   static Status run(const RecurrentParams& p) {
-    const L layout(p);
-    const int threads = team_size(p, layout);
-    // Projecting the input of about 128 rows at a time pays where a step alone has too few rows to be compute bound.
-    const int64_t chunk = p.panels && p.batch < kHoistBelow ? ceil_div(kHoistRows, p.batch) : 1;
-    const bool hoist = chunk > 1;
-    const int64_t carry = layout.panels * p.batch * L::kUnits * sizeof(T);
-    const int64_t hoisted = hoist ? layout.panels * chunk * p.batch * L::kWidth * sizeof(T) : 0;
-    const int64_t pointers = threads * (chunk + 1) * p.batch * sizeof(S*);
-    const int64_t starts = (p.steps + 1) * sizeof(int64_t), h_0 = HiddenRows<S>::elements(p) * sizeof(S);
-    char* memory = (char*)allocate(carry + hoisted + pointers + starts + h_0);
+    Forward driver(p);
+    Arena needed;
+    driver.lay_out(needed);
+    void* memory = allocate(needed.bytes());
     if (!memory) return kOutOfMemory;
-    Forward driver(p, layout, chunk, memory, memory + carry, memory + carry + hoisted,
-                   memory + carry + hoisted + pointers, memory + carry + hoisted + pointers + starts);
-    parallel(threads, [](void* self, const Team& team) { ((Forward*)self)->work(team); }, &driver);
+    Arena arena(memory);
+    driver.lay_out(arena);
+    driver.schedule.starts = driver.starts_;
+    Schedule::fill_starts(p, driver.starts_);
+    driver.hidden_.fill_zeros();
+    parallel(driver.threads_, [](void* self, const Team& team) { ((Forward*)self)->work(team); }, &driver);
     release(memory);
     return kOk;
   }
 
  private:
+  // Projecting the input of about 128 rows at a time pays where a step alone has too few rows to be compute bound.
   static constexpr int64_t kHoistBelow = 8, kHoistRows = 128;
   // Rows whose terms are kept between the products and the cell, in the L1 cache.
   static constexpr int64_t kTileRows = 48;
 
-  Forward(const RecurrentParams& params, const L& l, int64_t chunk, void* carry, void* hoisted, void* pointers,
-          void* starts, void* h_0)
+  explicit Forward(const RecurrentParams& params)
       : p(params),
-        layout(l),
-        schedule(params, (int64_t*)starts),
-        chunk_(chunk),
-        carry_((T*)carry),
-        hoisted_((T*)hoisted),
-        pointers_((const S**)pointers),
-        hidden_{schedule, (S*)h_0} {
-    Schedule::fill_starts(p, (int64_t*)starts);
-    hidden_.fill_zeros();
+        layout(params),
+        threads_(team_size(params, layout)),
+        chunk_(p.panels && p.batch < kHoistBelow ? ceil_div(kHoistRows, p.batch) : 1) {}
+
+  void lay_out(Arena& arena) {
+    carry_ = arena.take<T>(layout.panels * p.batch * L::kUnits);
+    hoisted_ = chunk_ > 1 ? arena.take<T>(layout.panels * chunk_ * p.batch * L::kWidth) : nullptr;
+    pointers_ = arena.take<const S*>(threads_ * (chunk_ + 1) * p.batch);
+    starts_ = arena.take<int64_t>(p.steps + 1);
+    hidden_.initial = arena.take<S>(HiddenRows<S>::elements(p));
   }
 
   void work(const Team& team) {
@@ -206,12 +204,14 @@ class Forward {
 
   const RecurrentParams& p;
   const L layout;
-  const Schedule schedule;
-  const int64_t chunk_;  // steps whose input terms are projected at once; 1: each step computes its own
-  T* carry_;             // (panels, B, kUnits)
-  T* hoisted_;           // (panels, chunk * B, kWidth), null if chunk is 1
-  const S** pointers_;   // per thread: input rows of a chunk and hidden rows of a step
-  const HiddenRows<S> hidden_;
+  const int threads_;
+  const int64_t chunk_;           // steps whose input terms are projected at once; 1: each step computes its own
+  T* carry_ = nullptr;            // (panels, B, kUnits)
+  T* hoisted_ = nullptr;          // (panels, chunk * B, kWidth), null if chunk is 1
+  const S** pointers_ = nullptr;  // per thread: input rows of a chunk and hidden rows of a step
+  int64_t* starts_ = nullptr;     // (T + 1)
+  Schedule schedule{p, nullptr};
+  HiddenRows<S> hidden_{schedule, nullptr};
 };
 
 // Packs weights and biases into panels; see Layout for the order.

@@ -4,6 +4,7 @@
 // the registers of one tile, so that the cell is its epilogue.
 #pragma once
 
+#include "cpu/base/arena.h"
 #include "cpu/base/simd_math.h"
 #include "cpu/gemm/gemm.h"
 #include "math/step.h"
