@@ -24,7 +24,7 @@ class Forward {
     if (!memory) return kOutOfMemory;
     Arena arena(memory);
     driver.lay_out(arena);
-    driver.schedule.starts = driver.starts_;
+    driver.schedule_.starts = driver.starts_;
     Schedule::fill_starts(p, driver.starts_);
     driver.hidden_.fill_zeros();
     parallel(driver.threads_, [](void* self, const Team& team) { ((Forward*)self)->work(team); }, &driver);
@@ -39,32 +39,32 @@ class Forward {
   static constexpr int64_t kTileRows = 48;
 
   explicit Forward(const RecurrentParams& params)
-      : p(params),
-        layout(params),
-        threads_(team_size(params, layout)),
-        chunk_(p.panels && p.batch < kHoistBelow ? ceil_div(kHoistRows, p.batch) : 1) {}
+      : p_(params),
+        layout_(params),
+        threads_(team_size(params, layout_)),
+        chunk_(p_.panels && p_.batch < kHoistBelow ? ceil_div(kHoistRows, p_.batch) : 1) {}
 
   void lay_out(Arena& arena) {
-    carry_ = arena.take<T>(layout.panels * p.batch * L::kUnits);
-    hoisted_ = chunk_ > 1 ? arena.take<T>(layout.panels * chunk_ * p.batch * L::kWidth) : nullptr;
-    pointers_ = arena.take<const S*>(threads_ * (chunk_ + 1) * p.batch);
-    starts_ = arena.take<int64_t>(p.steps + 1);
-    hidden_.initial = arena.take<S>(HiddenRows<S>::elements(p));
+    carry_ = arena.take<T>(layout_.panels * p_.batch * L::kUnits);
+    hoisted_ = chunk_ > 1 ? arena.take<T>(layout_.panels * chunk_ * p_.batch * L::kWidth) : nullptr;
+    pointers_ = arena.take<const S*>(threads_ * (chunk_ + 1) * p_.batch);
+    starts_ = arena.take<int64_t>(p_.steps + 1);
+    hidden_.initial = arena.take<S>(HiddenRows<S>::elements(p_));
   }
 
   void work(const Team& team) {
-    const Partition partition(schedule, layout, team.size);
+    const Partition partition(schedule_, layout_, team.size);
     const Slice slice = partition.slice(team.rank, team.size);
-    const S** x_rows = pointers_ + team.rank * (chunk_ + 1) * p.batch;
-    const S** h_rows = x_rows + chunk_ * p.batch;
+    const S** x_rows = pointers_ + team.rank * (chunk_ + 1) * p_.batch;
+    const S** h_rows = x_rows + chunk_ * p_.batch;
     begin(slice);
     if (!partition.by_rows) team.wait();
-    for (int64_t s0 = 0; s0 < p.steps; s0 += chunk_) {
-      const int64_t s1 = min(p.steps, s0 + chunk_), chunk_rows = find_inputs(slice, s0, s1, x_rows);
+    for (int64_t s0 = 0; s0 < p_.steps; s0 += chunk_) {
+      const int64_t s1 = min(p_.steps, s0 + chunk_), chunk_rows = find_inputs(slice, s0, s1, x_rows);
       if (chunk_ > 1) hoist_inputs(slice, chunk_rows, x_rows);
       int64_t row = 0;  // of the chunk
       for (int64_t s = s0; s < s1; ++s) {
-        const int64_t t = schedule.time(s);
+        const int64_t t = schedule_.time(s);
         step(slice, t, row, x_rows, h_rows);
         row += active(slice, t);
         if (!partition.by_rows) team.wait();
@@ -73,36 +73,37 @@ class Forward {
   }
 
   int64_t active(const Slice& slice, int64_t t) const {
-    return max(0, min(schedule.active(t), slice.rows.end) - slice.rows.begin);
+    return max(0, min(schedule_.active(t), slice.rows.end) - slice.rows.begin);
   }
   // The carry and the initial hidden rows of the slice, and the final states of empty rows.
   void begin(const Slice& slice) const {
     hidden_.fill(slice.rows.begin, slice.rows.end, slice.panels.begin * L::kUnits,
-                 min(layout.H, slice.panels.end * L::kUnits));
+                 min(layout_.H, slice.panels.end * L::kUnits));
     for (int64_t panel = slice.panels.begin; panel < slice.panels.end; ++panel)
       for (int64_t b = slice.rows.begin; b < slice.rows.end; ++b)
-        for (int64_t lane = 0; lane < layout.units(panel); lane += L::kLanes) {
-          const int64_t unit = panel * L::kUnits + lane, n = layout.units(panel) - lane, i = batch_index(p, b);
-          const V h = p.h_0.data ? load_state<S>(p, p.h_0, i, unit, n) : V(0);
-          const V c = p.c_0.data ? load_state<S>(p, p.c_0, i, unit, n) : V(0);
+        for (int64_t lane = 0; lane < layout_.units(panel); lane += L::kLanes) {
+          const int64_t unit = panel * L::kUnits + lane, n = layout_.units(panel) - lane, i = batch_index(p_, b);
+          const V h = p_.h_0.data ? load_state<S>(p_, p_.h_0, i, unit, n) : V(0);
+          const V c = p_.c_0.data ? load_state<S>(p_, p_.c_0, i, unit, n) : V(0);
           store(carry_row(panel, b) + lane, Cell::kCarry == Carry::kHidden ? h : c);
-          if (b >= schedule.active(0)) finish(i, unit, n, h, c);
+          if (b >= schedule_.active(0)) finish(i, unit, n, h, c);
         }
   }
 
-  T* carry_row(int64_t panel, int64_t b) const { return carry_ + (panel * p.batch + b) * L::kUnits; }
+  T* carry_row(int64_t panel, int64_t b) const { return carry_ + (panel * p_.batch + b) * L::kUnits; }
 
   void finish(int64_t index, int64_t unit, int64_t n, V h, V carry) const {
-    if (p.h_n.data) store_state<S>(p, p.h_n, index, unit, n, h);
-    if (p.c_n.data) store_state<S>(p, p.c_n, index, unit, n, carry);
+    if (p_.h_n.data) store_state<S>(p_, p_.h_n, index, unit, n, h);
+    if (p_.c_n.data) store_state<S>(p_, p_.c_n, index, unit, n, carry);
   }
 
   // The input rows of the steps s0, ..., s1 - 1 in order of computation; returns their number.
   int64_t find_inputs(const Slice& slice, int64_t s0, int64_t s1, const S** rows) const {
     int64_t total = 0;
     for (int64_t s = s0; s < s1; ++s) {
-      const int64_t t = schedule.time(s), count = active(slice, t);
-      for (int64_t b = 0; b < count; ++b) rows[total++] = schedule.template row<const S>(p.x, t, slice.rows.begin + b);
+      const int64_t t = schedule_.time(s), count = active(slice, t);
+      for (int64_t b = 0; b < count; ++b)
+        rows[total++] = schedule_.template row<const S>(p_.x, t, slice.rows.begin + b);
     }
     return total;
   }
@@ -111,27 +112,27 @@ class Forward {
   template <bool kInput>
   FASTSEQ_INLINE void terms(const S* const* rows, int64_t count, int64_t panel, int n, T* out,
                             int64_t panel_stride) const {
-    const int64_t depth = kInput ? layout.I : layout.H;
-    if (p.panels) {
-      const auto* panels = kInput ? layout.input_panels(p.panels) : layout.recurrent_panels(p.panels);
-      const auto* bias = kInput ? layout.input_bias(p.panels) : layout.recurrent_bias(p.panels);
-      const int64_t stride = layout.panel_stride(depth);
+    const int64_t depth = kInput ? layout_.I : layout_.H;
+    if (p_.panels) {
+      const auto* panels = kInput ? layout_.input_panels(p_.panels) : layout_.recurrent_panels(p_.panels);
+      const auto* bias = kInput ? layout_.input_bias(p_.panels) : layout_.recurrent_bias(p_.panels);
+      const int64_t stride = layout_.panel_stride(depth);
       return multiply_rows<L::kTile, S>(rows, count, n, depth, panels + panel * stride, stride,
                                         bias + panel * L::kWidth, out, L::kWidth, panel_stride);
     }
-    const S *w = (const S*)(kInput ? p.w_ih : p.w_hh), *bias = (const S*)(kInput ? p.b_ih : p.b_hh);
+    const S *w = (const S*)(kInput ? p_.w_ih : p_.w_hh), *bias = (const S*)(kInput ? p_.b_ih : p_.b_hh);
     UnitVector<T> vectors[2 * L::kTile];
     int found = 0;
     for (int i = 0; i < n; ++i) {
       // Units beyond H must be finite, as packed panels leave them.
-      if (layout.units(panel + i) < L::kUnits) std::memset(out + i * panel_stride, 0, count * L::kWidth * sizeof(T));
+      if (layout_.units(panel + i) < L::kUnits) std::memset(out + i * panel_stride, 0, count * L::kWidth * sizeof(T));
       for (int term = 0; term < Cell::kTerms; ++term) {
-        const int64_t first = (kInput ? Cell::input_gate(term) : Cell::recurrent_gate(term)) * layout.H;
-        const int64_t row = first + (panel + i) * L::kUnits, units = layout.units(panel + i);
+        const int64_t first = (kInput ? Cell::input_gate(term) : Cell::recurrent_gate(term)) * layout_.H;
+        const int64_t row = first + (panel + i) * L::kUnits, units = layout_.units(panel + i);
         T* to = out + i * panel_stride + term * L::kUnits;
         for (int64_t lane = 0; lane < units; lane += L::kLanes) {
           const UnitVector<T> vector{row + lane, min(L::kLanes, units - lane), to + lane};
-          if (p.in_order)
+          if (p_.in_order)
             vectors[found++] = vector;
           else
             dot_rows(rows, count, depth, w + vector.first * depth, bias ? bias + vector.first : nullptr, vector.units,
@@ -139,11 +140,13 @@ class Forward {
         }
       }
     }
-    if (p.in_order) transposed_row(rows[0], depth, w, bias, vectors, found);
+    if (p_.in_order) transposed_row(rows[0], depth, w, bias, vectors, found);
   }
 
   // The input terms of a chunk: (panels, chunk rows, kWidth), each panel of a slice in its own place.
-  T* hoisted_terms(int64_t panel, int64_t row) const { return hoisted_ + (panel * chunk_ * p.batch + row) * L::kWidth; }
+  T* hoisted_terms(int64_t panel, int64_t row) const {
+    return hoisted_ + (panel * chunk_ * p_.batch + row) * L::kWidth;
+  }
 
   void hoist_inputs(const Slice& slice, int64_t total, const S* const* rows) const {
     for (int64_t panel = slice.panels.begin; panel < slice.panels.end; ++panel)
@@ -173,11 +176,11 @@ class Forward {
 
   // The cell on one row of one panel, the epilogue of the matrix product.
   FASTSEQ_INLINE void apply(int64_t panel, int64_t t, int64_t b, const T* x, const T* r) const {
-    const int64_t units = layout.units(panel), index = batch_index(p, b);
-    const bool cut = schedule.is_cut(t, b), last = schedule.is_last(t, b);
+    const int64_t units = layout_.units(panel), index = batch_index(p_, b);
+    const bool cut = schedule_.is_cut(t, b), last = schedule_.is_last(t, b);
     T* carry = carry_row(panel, b);
-    S* y = schedule.template row<S>(p.y, t, b) + panel * L::kUnits;
-    const int64_t saved_row = schedule.starts[t] + b;
+    S* y = schedule_.template row<S>(p_.y, t, b) + panel * L::kUnits;
+    const int64_t saved_row = schedule_.starts[t] + b;
     // All units of the panel, also those beyond H: backward sums over them too.
     for (int64_t lane = 0; lane < L::kUnits; lane += L::kLanes) {
       ForwardStep<Cell, V> s;
@@ -189,29 +192,30 @@ class Forward {
       Cell::forward(s);
       if (L::kHasCarry) store(carry + lane, s.carry);
       store_first(y + lane, s.h, units - lane);
-      if (p.saved) {
-        T* slots = layout.saved_slots(p.saved, schedule.total(), panel, saved_row) + lane;
+      if (p_.saved) {
+        T* slots = layout_.saved_slots(p_.saved, schedule_.total(), panel, saved_row) + lane;
         FASTSEQ_UNROLL for (int i = 0; i < Cell::kSlots; ++i)
             store_padded(slots + i * L::kUnits, s.saved[i], units - lane);
         if (L::kHasCarry)
-          store_padded(layout.saved_carry(p.saved, schedule.total(), panel, saved_row) + lane, s.carry, units - lane);
+          store_padded(layout_.saved_carry(p_.saved, schedule_.total(), panel, saved_row) + lane, s.carry,
+                       units - lane);
       }
-      if (p.c_all.data)
-        store_first(schedule.template row<S>(p.c_all, t, b) + panel * L::kUnits + lane, s.carry, units - lane);
+      if (p_.c_all.data)
+        store_first(schedule_.template row<S>(p_.c_all, t, b) + panel * L::kUnits + lane, s.carry, units - lane);
       if (last) finish(index, panel * L::kUnits + lane, units - lane, s.h, s.carry);
     }
   }
 
-  const RecurrentParams& p;
-  const L layout;
+  const RecurrentParams& p_;
+  const L layout_;
   const int threads_;
   const int64_t chunk_;           // steps whose input terms are projected at once; 1: each step computes its own
   T* carry_ = nullptr;            // (panels, B, kUnits)
   T* hoisted_ = nullptr;          // (panels, chunk * B, kWidth), null if chunk is 1
   const S** pointers_ = nullptr;  // per thread: input rows of a chunk and hidden rows of a step
   int64_t* starts_ = nullptr;     // (T + 1)
-  Schedule schedule{p, nullptr};
-  HiddenRows<S> hidden_{schedule, nullptr};
+  Schedule schedule_{p_, nullptr};
+  HiddenRows<S> hidden_{schedule_, nullptr};
 };
 
 // Packs weights and biases into panels; see Layout for the order.
