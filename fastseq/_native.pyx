@@ -8,6 +8,8 @@ not wrap a function, beside the function.
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_DECREF
+from cpython.tuple cimport PyTuple_GetSlice
+from libc.math cimport INFINITY
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset

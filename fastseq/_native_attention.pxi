@@ -13,11 +13,14 @@ cdef struct AttentionProblem:
     bint q_gaps, k_gaps  # rows of a packed batch that belong to no sequence; zero in results
 
 
-def attention_forward(
-    q, k, v, *, double scale, bias=None, allowed=None, double softcap=0, left=None, right=None, bint lower_right=False,
-    q_lengths=None, k_lengths=None, q_starts=None, k_starts=None, max_q=None, max_k=None, alibi_slopes=None,
-    double dropout_p=0, uint64_t seed=0, bint return_lse=False, out=None
-):
+# The fields of `Attention` in backends/contract.py, in the order in which `read_attention` reads them.
+cdef tuple ATTENTION_FIELDS = (
+    "scale", "softcap", "left", "right", "lower_right", "dropout_p", "seed", "lengths_q", "lengths_k", "starts_q",
+    "starts_k", "max_q", "max_k", "alibi_slopes",
+)
+
+
+def attention_forward(call, q, k, v, bias=None, allowed=None, *, bint return_lse=False, out=None):
     """Scaled-dot-product attention: (out, lse).
 
     B batch, N query heads, Nk heads of keys and values (N a multiple of Nk), L queries, S keys, D and E their widths,
@@ -28,31 +31,23 @@ def attention_forward(
     and out_i the sum of v_j weighted by the softmax over the keys that the query may see; 0 where it may see none.
 
     Args:
-        q: (B, N, L, D), or (1, N, total, D) of a packed batch with `q_starts`, `q_lengths` and `max_q`.
+        call: an `Attention`, which says what its options mean. Its lengths and starts are on the CPU.
+        q: (B, N, L, D), or (1, N, total, D) of a packed batch.
         k, v: (B, Nk, S, D) and (B, Nk, S, E), or packed in the same way.
         bias, allowed: what broadcasts to (B, N, L, S); the former of q's dtype, the latter bool, True where the query
             may see the key. L and S are max_q and max_k in a packed batch.
-        softcap: 0 for none.
-        left, right: query i sees the keys j with -left <= j - (i + shift) <= right. None: all of that side.
-        lower_right: shift is the sequence's number of keys less that of queries; otherwise 0.
-        q_lengths, k_lengths: int64 (B,). Without starts, rows of results beyond them are 0, those of lse -inf.
-        q_starts, k_starts: int64 (B,), the first row of each sequence, in order. Rows in none are 0 in results.
-        max_q, max_k: of a packed batch, no length is larger.
-        alibi_slopes: float32 (B, N).
-        dropout_p: in [0, 1). The draw of a probability follows from the seed and its place (b, n, i, j) alone.
         return_lse: also the log of the sum of exp(s), which `attention_backward` needs: (B, N, L), packed
             (1, N, total), float64. None otherwise.
         out: to write into. None: a new tensor whose axes have the order of q's in memory.
+
+    Rows beyond a length, or packed ones of no sequence, are 0 in the results, those of the lse -inf in the former case.
     """
     cdef AttentionProblem problem
     cdef AttentionParams* p = &problem.params
     cdef Status status
     lse = None
     start_attention(&problem, &CPU, kDtypes)
-    read_attention(
-        &problem, q, k, v, scale, bias, allowed, softcap, left, right, lower_right, q_lengths, k_lengths, q_starts,
-        k_starts, max_q, max_k, alibi_slopes, dropout_p, seed
-    )
+    read_attention(&problem, call, q, k, v, bias, allowed)
     if out is None:
         out = empty_heads(&p.out, &problem, problem.q, p.value_dim, problem.q_packed, problem.q_gaps)
     else:
@@ -69,12 +64,7 @@ def attention_forward(
     return out, lse
 
 
-def attention_backward(
-    q, k, v, out, lse, dout, *, needs, dlse=None, double scale, bias=None, allowed=None,
-    double softcap=0, left=None, right=None, bint lower_right=False, q_lengths=None, k_lengths=None, q_starts=None,
-    k_starts=None, max_q=None, max_k=None, alibi_slopes=None, double dropout_p=0, uint64_t seed=0,
-    dq=None, dk=None, dv=None
-):
+def attention_backward(call, q, k, v, bias, allowed, out, lse, dout, dlse, needs, *, dq=None, dk=None, dv=None):
     """The gradients (dq, dk, dv, dbias), None where `needs` says so.
 
     Args:
@@ -90,10 +80,7 @@ def attention_backward(
     dbias = None
     needs_q, needs_k, needs_v, needs_bias = needs
     start_attention(&problem, &CPU, kDtypes)
-    read_attention(
-        &problem, q, k, v, scale, bias, allowed, softcap, left, right, lower_right, q_lengths, k_lengths, q_starts,
-        k_starts, max_q, max_k, alibi_slopes, dropout_p, seed
-    )
+    read_attention(&problem, call, q, k, v, bias, allowed)
     read_heads(&p.out, out, "out", &problem, p.heads, problem.q_rows, p.value_dim, problem.q_packed, False)
     read_heads(&p.dout, dout, "dout", &problem, p.heads, problem.q_rows, p.value_dim, problem.q_packed, False)
     p.lse = <double*>read_rows(p.lse_strides, required(lse, "lse"), "lse", &problem)
@@ -123,15 +110,18 @@ cdef void start_attention(AttentionProblem* problem, const Place* place, int dty
     problem.place, problem.dtypes = place[0], dtypes
 
 
-# What forward and backward share. Lengths and starts are read on the CPU.
-cdef int read_attention(
-    AttentionProblem* problem, q, k, v, double scale, bias, allowed, double softcap, left, right, bint lower_right,
-    q_lengths, k_lengths, q_starts, k_starts, max_q, max_k, alibi_slopes, double dropout_p, uint64_t seed
-) except -1:
+# What forward and backward share, on the CPU and on a GPU. Lengths and starts are read on the CPU.
+cdef int read_attention(AttentionProblem* problem, call, q, k, v, bias, allowed) except -1:
     cdef AttentionParams* p = &problem.params
     cdef View* query = &problem.q
     cdef View* key = &problem.k
     cdef View* value = &problem.v
+    if type(call) is not attention_type:
+        raise TypeError(f"the options must be an Attention, got {type(call).__name__}")
+    (
+        scale, softcap, left, right, lower_right, dropout_p, seed, lengths_q, lengths_k, starts_q, starts_k, max_q,
+        max_k, alibi_slopes,
+    ) = PyTuple_GetSlice(call, 0, len(ATTENTION_FIELDS))  # a tuple by type: the items of one by name take 50 ns each
     read_at(&problem.place, q, "q", query)
     check_float(query, "q", 4, problem.dtypes)
     read_at(&problem.place, k, "k", key)
@@ -140,13 +130,13 @@ cdef int read_attention(
     check_float(value, "v", 4, problem.dtypes)
     problem.dtype = query.dtype
     problem.compute_dtype = kFloat64 if query.dtype == kFloat64 else kFloat32
-    problem.q_packed, problem.k_packed = q_starts is not None, k_starts is not None
+    problem.q_packed, problem.k_packed = starts_q is not None, starts_k is not None
     problem.q_rows, problem.k_rows = query.shape[2], key.shape[2]
     p.heads, p.kv_heads, p.head_dim, p.value_dim = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
     if p.heads % p.kv_heads:
         raise Refused(f"q must have a multiple of the {p.kv_heads} heads of k, got {p.heads}")
-    p.batch = batch_of(query, "q", q_lengths, problem.q_packed)
-    if batch_of(key, "k", k_lengths, problem.k_packed) != p.batch:
+    p.batch = batch_of(query, "q", lengths_q, problem.q_packed)
+    if batch_of(key, "k", lengths_k, problem.k_packed) != p.batch:
         raise Refused(f"q and k must have the same batch size, got shapes {shape_of(query)} and {shape_of(key)}")
     p.queries = longest(max_q, "max_q", problem.q_rows, problem.q_packed)
     p.keys = longest(max_k, "max_k", problem.k_rows, problem.k_packed)
@@ -158,23 +148,21 @@ cdef int read_attention(
     set_heads(&p.q, query, "q", problem, p.heads, problem.q_rows, p.head_dim, problem.q_packed)
     set_heads(&p.k, key, "k", problem, p.kv_heads, problem.k_rows, p.head_dim, problem.k_packed)
     set_heads(&p.v, value, "v", problem, p.kv_heads, problem.k_rows, p.value_dim, problem.k_packed)
-    p.q_lengths = read_lengths(q_lengths, "q_lengths", p.batch, p.queries)
-    p.k_lengths = read_lengths(k_lengths, "k_lengths", p.batch, p.keys)
-    p.q_starts = read_starts(q_starts, "q_starts", p.q_lengths, p.batch, problem.q_rows, &problem.q_gaps)
-    p.k_starts = read_starts(k_starts, "k_starts", p.k_lengths, p.batch, problem.k_rows, &problem.k_gaps)
+    p.q_lengths = read_lengths(lengths_q, "lengths_q", p.batch, p.queries)
+    p.k_lengths = read_lengths(lengths_k, "lengths_k", p.batch, p.keys)
+    p.q_starts = read_starts(starts_q, "starts_q", p.q_lengths, p.batch, problem.q_rows, &problem.q_gaps)
+    p.k_starts = read_starts(starts_k, "starts_k", p.k_lengths, p.batch, problem.k_rows, &problem.k_gaps)
     p.bias = read_mask(p.bias_strides, bias, "bias", problem, problem.dtype)
     p.allowed = <const uint8_t*>read_mask(p.allowed_strides, allowed, "allowed", problem, BOOL)
     read_slopes(problem, alibi_slopes)
     p.left = side(left, "left")
     p.right = side(right, "right")
     p.lower_right = lower_right
-    p.scale = scale
-    if not 0 <= softcap < float("inf"):
+    p.scale, p.softcap, p.dropout_p, p.seed = scale, softcap, dropout_p, seed
+    if not 0 <= p.softcap < INFINITY:
         raise Refused(f"softcap must be 0, for none, or positive, got {softcap}")
-    p.softcap = softcap
-    if not 0 <= dropout_p < 1:
+    if not 0 <= p.dropout_p < 1:
         raise Refused(f"dropout_p must be in [0, 1), got {dropout_p}")
-    p.dropout_p, p.seed = dropout_p, seed
     p.threads = max(1, <int>count_threads())
     return 0
 
@@ -186,10 +174,10 @@ cdef int64_t batch_of(const View* view, str name, lengths, bint packed) except -
     if view.shape[0] != 1:
         raise Refused(f"{name} must have shape (1, heads, total, dim) in a packed batch, got {shape_of(view)}")
     if lengths is None:
-        raise Refused(f"{name}_starts needs {name}_lengths")
-    read(lengths, f"{name}_lengths", &sizes)
+        raise Refused(f"starts_{name} needs lengths_{name}")
+    read(lengths, f"lengths_{name}", &sizes)
     if sizes.dims != 1 or sizes.shape[0] < 1:
-        raise Refused(f"{name}_lengths must have shape (B,), got {shape_of(&sizes)}")
+        raise Refused(f"lengths_{name} must have shape (B,), got {shape_of(&sizes)}")
     return sizes.shape[0]
 
 

@@ -80,9 +80,7 @@ cdef class CudaLibrary:
         self.check_status(status)
 
     def attention_forward(
-        self, q, k, v, out, lse, *, double scale, bias=None, allowed=None, double softcap=0, left=None, right=None,
-        bint lower_right=False, q_lengths=None, k_lengths=None, q_starts=None, k_starts=None, placed, max_q=None,
-        max_k=None, alibi_slopes=None, double dropout_p=0, uint64_t seed=0, new_parts, uintptr_t stream
+        self, call, q, k, v, bias, allowed, out, lse, *, placed, new_parts, uintptr_t stream
     ):
         """Fills out and lse. `placed` are the lengths and starts on the device; `new_parts(count)` makes work space."""
         cdef AttentionProblem problem
@@ -91,10 +89,7 @@ cdef class CudaLibrary:
         cdef Status status
         cdef int64_t bytes
         self.start_attention(&problem, q, stream)
-        read_attention(
-            &problem, q, k, v, scale, bias, allowed, softcap, left, right, lower_right, q_lengths, k_lengths, q_starts,
-            k_starts, max_q, max_k, alibi_slopes, dropout_p, seed
-        )
+        read_attention(&problem, call, q, k, v, bias, allowed)
         self.place_lengths(&problem, placed)
         read_heads(&p.out, out, "out", &problem, p.heads, problem.q_rows, p.value_dim, problem.q_packed, True)
         p.lse = <double*>read_rows(p.lse_strides, lse, "lse", &problem)
@@ -109,20 +104,14 @@ cdef class CudaLibrary:
         self.check_status(status)
 
     def attention_backward(
-        self, q, k, v, lse, dout, *, dlse=None, dq, dk, dv, dbias, delta, double scale, bias=None, allowed=None,
-        double softcap=0, left=None, right=None, bint lower_right=False, q_lengths=None, k_lengths=None, q_starts=None,
-        k_starts=None, placed, max_q=None, max_k=None, alibi_slopes=None, double dropout_p=0, uint64_t seed=0,
-        uintptr_t stream
+        self, call, q, k, v, bias, allowed, lse, dout, dlse, *, dq, dk, dv, dbias, delta, placed, uintptr_t stream
     ):
         """Fills dq, dk, dv and dbias, None for those not wanted; `delta` is work space like lse."""
         cdef AttentionProblem problem
         cdef AttentionParams* p = &problem.params
         cdef Status status
         self.start_attention(&problem, q, stream)
-        read_attention(
-            &problem, q, k, v, scale, bias, allowed, softcap, left, right, lower_right, q_lengths, k_lengths, q_starts,
-            k_starts, max_q, max_k, alibi_slopes, dropout_p, seed
-        )
+        read_attention(&problem, call, q, k, v, bias, allowed)
         self.place_lengths(&problem, placed)
         read_heads(&p.dout, dout, "dout", &problem, p.heads, problem.q_rows, p.value_dim, problem.q_packed, False)
         p.lse = <double*>read_rows(p.lse_strides, required(lse, "lse"), "lse", &problem)
@@ -152,11 +141,11 @@ cdef class CudaLibrary:
     # Lengths and starts are checked where the CPU can read them; here come their copies on the device.
     cdef int place_lengths(self, AttentionProblem* problem, placed) except -1:
         cdef AttentionParams* p = &problem.params
-        q_lengths, k_lengths, q_starts, k_starts = placed
-        p.q_lengths = self.place_numbers(problem, q_lengths, "q_lengths", p.q_lengths)
-        p.k_lengths = self.place_numbers(problem, k_lengths, "k_lengths", p.k_lengths)
-        p.q_starts = self.place_numbers(problem, q_starts, "q_starts", p.q_starts)
-        p.k_starts = self.place_numbers(problem, k_starts, "k_starts", p.k_starts)
+        lengths_q, lengths_k, starts_q, starts_k = placed
+        p.q_lengths = self.place_numbers(problem, lengths_q, "lengths_q", p.q_lengths)
+        p.k_lengths = self.place_numbers(problem, lengths_k, "lengths_k", p.k_lengths)
+        p.q_starts = self.place_numbers(problem, starts_q, "starts_q", p.q_starts)
+        p.k_starts = self.place_numbers(problem, starts_k, "starts_k", p.k_starts)
         return 0
 
     cdef const int64_t* place_numbers(

@@ -38,6 +38,7 @@ cdef struct Problem:
 
 cdef DLPackExchangeAPI* exchange = NULL
 cdef object Refused = None
+cdef object attention_type = None
 cdef object tensor_type = None
 cdef object parameter_type = None
 cdef object is_negated = None
@@ -45,21 +46,24 @@ cdef object count_threads = None
 cdef dict new_tensor = None
 
 
-def attach(refused, tensor, parameter, is_neg, get_num_threads, dict empty, capsule):
-    """Hands over the exception of arguments that are not served, and torch: its two types, Tensor.is_neg,
-    get_num_threads, by the name of a dtype what makes a tensor of a shape, and the capsule Tensor.__dlpack_c_exchange_api__.
+def attach(refused, attention, tensor, parameter, is_neg, get_num_threads, dict empty, capsule):
+    """Hands over the exception of arguments that are not served, the type of attention's options, and torch: its two
+    types, Tensor.is_neg, get_num_threads, by the name of a dtype what makes a tensor of a shape, and the capsule
+    Tensor.__dlpack_c_exchange_api__.
 
     Without the last, or where its version is not ours, tensors are read through their Python attributes.
     Returns whether it is used.
     """
-    global Refused, tensor_type, parameter_type, is_negated, count_threads, new_tensor, exchange
+    global Refused, attention_type, tensor_type, parameter_type, is_negated, count_threads, new_tensor, exchange
     cdef DLPackExchangeAPI* table = NULL
+    if attention._fields != ATTENTION_FIELDS:
+        raise ImportError(f"the options of attention must be {', '.join(ATTENTION_FIELDS)}, got {attention._fields}")
     if capsule is not None:
         table = <DLPackExchangeAPI*>PyCapsule_GetPointer(capsule, b"dlpack_exchange_api")
         if table.header.version.major != <uint32_t>DLPACK_MAJOR_VERSION or table.dltensor_from_py_object_no_sync == NULL:
             table = NULL
     tensor_type, parameter_type, is_negated, new_tensor, exchange = tensor, parameter, is_neg, empty, table
-    count_threads, Refused = get_num_threads, refused
+    count_threads, Refused, attention_type = get_num_threads, refused, attention
     return table != NULL
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastseq import backends
+from fastseq.ops import Attention
 from fastseq.tools.verify.attention import MASK_AXES
 
 native = backends.select("attention")
@@ -50,7 +51,7 @@ def heads(B, N, rows, dim, dtype):
 
 
 def make(B, N, Nk, L, S, D, E, dtype, bias_shape=None, **options):
-    """Inputs of a call: (q, k, v, dout, dlse) and the keywords of the kernels."""
+    """Inputs of a call: (q, k, v, dout, dlse), and bias, allowed and the fields of `Attention` by name."""
     inputs = heads(B, N, L, D, dtype), heads(B, Nk, S, D, dtype), heads(B, Nk, S, E, dtype)
     inputs += heads(B, N, L, E, dtype), torch.randn(B, N, L, dtype=torch.float64)
     options = {"scale": D**-0.5} | options
@@ -59,11 +60,19 @@ def make(B, N, Nk, L, S, D, E, dtype, bias_shape=None, **options):
     return inputs, options
 
 
+def arguments(inputs, options):
+    """What forward and backward take alike."""
+    options = dict(options)
+    masks = options.pop("bias", None), options.pop("allowed", None)
+    return Attention(**options), *inputs[:3], *masks
+
+
 def run(inputs, options, backend=native):
     """Outputs and gradients by name."""
-    q, k, v, dout, dlse = inputs
-    out, lse = backend.attention_forward(q, k, v, return_lse=True, **options)
-    gradients = backend.attention_backward(q, k, v, out, lse, dout, dlse=dlse, needs=[True] * 4, **options)
+    *_, dout, dlse = inputs
+    call = arguments(inputs, options)
+    out, lse = backend.attention_forward(*call, return_lse=True)
+    gradients = backend.attention_backward(*call, out, lse, dout, dlse, [True] * 4)
     results = {"out": out, "lse": lse, **dict(zip(NAMES, gradients, strict=True))}
     return {name: t for name, t in results.items() if t is not None}
 

@@ -6,10 +6,10 @@ import cases
 import numpy as np
 import pytest
 import torch
-from attention_calls import NAMES, make, run
+from attention_calls import NAMES, arguments, make, run
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastseq.backends.contract import Refused
+from fastseq.backends.contract import Attention, Refused
 from fastseq.tools.verify import attention
 from fastseq.tools.verify.attention import Case
 
@@ -78,19 +78,19 @@ def strides(backend, L, dtype):
 
 
 def output_into_a_view(backend):
-    (q, k, v, _, _), options = make(2, 3, 3, 65, 65, 16, 16, torch.float32)
+    call = arguments(*make(2, 3, 3, 65, 65, 16, 16, torch.float32))
     out = torch.full((2, 65, 3, 20), torch.nan)
     view = out[..., :16].transpose(1, 2)
-    assert backend.attention_forward(q, k, v, out=view, **options)[0] is view
-    assert torch.equal(view, backend.attention_forward(q, k, v, **options)[0])
+    assert backend.attention_forward(*call, out=view)[0] is view
+    assert torch.equal(view, backend.attention_forward(*call)[0])
     assert out[..., 16:].isnan().all()
 
 
 def packed_batch(backend, most, dtype):
     """Sequences after each other give the bits of a padded batch, with the same draws of dropout."""
-    q_lengths, k_lengths = torch.tensor([most, 0, 2, most - 1]), torch.tensor([5, 129, 0, 64])
+    lengths_q, lengths_k = torch.tensor([most, 0, 2, most - 1]), torch.tensor([5, 129, 0, 64])
     inputs, options = make(
-        4, 4, 2, most, 129, 16, 24, dtype, q_lengths=q_lengths, k_lengths=k_lengths, right=0, lower_right=True,
+        4, 4, 2, most, 129, 16, 24, dtype, lengths_q=lengths_q, lengths_k=lengths_k, right=0, lower_right=True,
         dropout_p=0.1, seed=7,
     )  # fmt: skip
     expected = run(inputs, options, backend)
@@ -99,17 +99,17 @@ def packed_batch(backend, most, dtype):
         return torch.cat([row[:, :length] for row, length in zip(t, lengths, strict=True)], dim=1)[None]
 
     q, k, v, dout, dlse = inputs
-    packed = pack(q, q_lengths), pack(k, k_lengths), pack(v, k_lengths), pack(dout, q_lengths), pack(dlse, q_lengths)
-    starts = {"q_starts": q_lengths.cumsum(0) - q_lengths, "k_starts": k_lengths.cumsum(0) - k_lengths}
+    packed = pack(q, lengths_q), pack(k, lengths_k), pack(v, lengths_k), pack(dout, lengths_q), pack(dlse, lengths_q)
+    starts = {"starts_q": lengths_q.cumsum(0) - lengths_q, "starts_k": lengths_k.cumsum(0) - lengths_k}
     results = run(packed, options | starts | {"max_q": most, "max_k": 129}, backend)
     for name, result in results.items():
-        assert torch.equal(result, pack(expected[name], k_lengths if name in ("dk", "dv") else q_lengths)), name
+        assert torch.equal(result, pack(expected[name], lengths_k if name in ("dk", "dv") else lengths_q)), name
 
 
 def rows_of_no_sequence_are_zero(backend):
     inputs, options = make(1, 2, 2, 10, 10, 16, 16, torch.float32)
     lengths, starts = torch.tensor([3, 2]), torch.tensor([1, 6])
-    keywords = {"q_lengths": lengths, "k_lengths": lengths, "q_starts": starts, "k_starts": starts}
+    keywords = {"lengths_q": lengths, "lengths_k": lengths, "starts_q": starts, "starts_k": starts}
     results = run(inputs, options | keywords | {"max_q": 4, "max_k": 4}, backend)
     for result in results.values():
         assert (result[:, :, [0, 4, 5, 8, 9]] == 0).all()
@@ -122,19 +122,19 @@ def rows_of_no_sequence_are_zero(backend):
 def only_the_gradients_that_are_needed(backend):
     inputs, options = make(1, 2, 2, 65, 65, 16, 16, torch.float32, bias_shape=(1, 1, 65, 65))
     expected = run(inputs, options, backend)
-    q, k, v, dout, dlse = inputs
+    *_, dout, dlse = inputs
+    call = arguments(inputs, options)
     for index in range(4):
         gradients = backend.attention_backward(
-            q, k, v, expected["out"], expected["lse"], dout, dlse=dlse, needs=[i == index for i in range(4)],
-            **options,
-        )  # fmt: skip
+            *call, expected["out"], expected["lse"], dout, dlse, [i == index for i in range(4)]
+        )
         assert [g is not None for g in gradients] == [i == index for i in range(4)]
         assert torch.equal(gradients[index], expected[NAMES[index]])
 
 
 def lse_of_padding(backend, L):
     lengths = torch.tensor([L, 0, 1])
-    inputs, options = make(3, 2, 1, L, 65, 20, 12, torch.float32, q_lengths=lengths, k_lengths=lengths)
+    inputs, options = make(3, 2, 1, L, 65, 20, 12, torch.float32, lengths_q=lengths, lengths_k=lengths)
     with backend.filled_with_nan():
         lse = run(inputs, options, backend)["lse"]
     assert lse[0].isfinite().all()
@@ -148,7 +148,7 @@ def lse_of_padding(backend, L):
 
 B, N, L, S, D = 2, 4, 5, 7, 8
 LENGTHS = torch.tensor([3, 5])
-PACKED = {"q": torch.zeros(1, N, 8, D), "q_lengths": LENGTHS, "q_starts": torch.tensor([0, 3]), "max_q": 5}
+PACKED = {"q": torch.zeros(1, N, 8, D), "lengths_q": LENGTHS, "starts_q": torch.tensor([0, 3]), "max_q": 5}
 BAD_ARGUMENTS = {
     "q none": ({"q": None}, "q must"),
     "q dtype": ({"q": torch.zeros(B, N, L, D, dtype=torch.float16)}, "q must"),
@@ -168,11 +168,11 @@ BAD_ARGUMENTS = {
     "allowed shape": ({"allowed": torch.zeros(L, 2, dtype=torch.bool)}, "allowed"),
     "slopes dtype": ({"alibi_slopes": torch.zeros(B, N).double()}, "alibi_slopes"),
     "slopes shape": ({"alibi_slopes": torch.zeros(N)}, "alibi_slopes"),
-    "lengths dtype": ({"q_lengths": LENGTHS.int()}, "q_lengths"),
-    "lengths shape": ({"q_lengths": LENGTHS[:1]}, "q_lengths"),
-    "lengths stride": ({"k_lengths": LENGTHS[:1].expand(2)}, "k_lengths"),
-    "lengths above L": ({"q_lengths": LENGTHS + 1}, "q_lengths"),
-    "lengths below 0": ({"k_lengths": LENGTHS - 4}, "k_lengths"),
+    "lengths dtype": ({"lengths_q": LENGTHS.int()}, "lengths_q"),
+    "lengths shape": ({"lengths_q": LENGTHS[:1]}, "lengths_q"),
+    "lengths stride": ({"lengths_k": LENGTHS[:1].expand(2)}, "lengths_k"),
+    "lengths above L": ({"lengths_q": LENGTHS + 1}, "lengths_q"),
+    "lengths below 0": ({"lengths_k": LENGTHS - 4}, "lengths_k"),
     "softcap": ({"softcap": -1.0}, "softcap"),
     "softcap nan": ({"softcap": float("nan")}, "softcap"),
     "dropout of 1": ({"dropout_p": 1.0}, "dropout_p"),
@@ -180,14 +180,14 @@ BAD_ARGUMENTS = {
     "max_q": ({"max_q": L - 1}, "max_q"),
     "out shape": ({"out": torch.zeros(B, N, L, D + 1)}, "out"),
     "out expanded": ({"out": torch.zeros(B, 1, L, D).expand(B, N, L, D)}, "overlap"),
-    "packed without lengths": (PACKED | {"q_lengths": None}, "q_lengths"),
+    "packed without lengths": (PACKED | {"lengths_q": None}, "lengths_q"),
     "packed without max_q": (PACKED | {"max_q": None}, "max_q"),
     "packed max_q": (PACKED | {"max_q": 9}, "max_q"),
-    "packed lengths": (PACKED | {"max_q": 4}, "q_lengths"),
+    "packed lengths": (PACKED | {"max_q": 4}, "lengths_q"),
     "packed batch": (PACKED | {"q": torch.zeros(2, N, 8, D)}, "q must"),
-    "packed beyond": (PACKED | {"q_starts": torch.tensor([0, 4])}, "q_starts"),
-    "packed below": (PACKED | {"q_starts": torch.tensor([-1, 3])}, "q_starts"),
-    "packed overlap": (PACKED | {"q_starts": torch.tensor([0, 2])}, "q_starts"),
+    "packed beyond": (PACKED | {"starts_q": torch.tensor([0, 4])}, "starts_q"),
+    "packed below": (PACKED | {"starts_q": torch.tensor([-1, 3])}, "starts_q"),
+    "packed overlap": (PACKED | {"starts_q": torch.tensor([0, 2])}, "starts_q"),
 }
 
 
@@ -195,7 +195,25 @@ def bad_arguments(backend, name):
     changes, message = BAD_ARGUMENTS[name]
     good = {"q": torch.zeros(B, N, L, D), "k": torch.zeros(B, N, S, D), "v": torch.zeros(B, N, S, D), "scale": 1.0}
     with pytest.raises(Refused, match=message):
-        backend.attention_forward(**good | changes)
+        backend.attention_forward(**with_call(good | changes))
+
+
+def with_call(keywords):
+    """Those of `Attention` become one."""
+    options = {name: keywords.pop(name) for name in Attention._fields if name in keywords}
+    return {"call": Attention(**options), **keywords}
+
+
+def options_of_another_type(backend):
+    q = torch.zeros(B, N, L, D)
+    for call in (None, 1.0, (1.0,), (1.0, *Attention._field_defaults.values())):
+        with pytest.raises((TypeError, AttributeError), match="Attention|attribute"):
+            backend.attention_forward(call, q, q, q)
+        with pytest.raises((TypeError, AttributeError), match="Attention|attribute"):
+            backend.attention_backward(call, q, q, q, None, None, q, q, q, None, [True] * 4)
+    for name in ("scale", "softcap", "left", "right", "dropout_p", "seed", "max_q"):
+        with pytest.raises((TypeError, Refused)):
+            backend.attention_forward(Attention(1.0)._replace(**{name: "1"}), q, q, q)
 
 
 BAD_GRADIENTS = {
@@ -213,5 +231,6 @@ def bad_gradients(backend, name):
     rows = torch.zeros(B, N, L, D)
     good = {"q": rows, "k": torch.zeros(B, N, S, D), "v": torch.zeros(B, N, S, D), "out": rows, "dout": rows}
     good |= {"lse": torch.zeros(B, N, L).double(), "bias": torch.zeros(B, N, L, S), "needs": [True] * 4, "scale": 1.0}
+    good |= {"allowed": None, "dlse": None}
     with pytest.raises(Refused, match=message):
-        backend.attention_backward(**good | changes)
+        backend.attention_backward(**with_call(good | changes))

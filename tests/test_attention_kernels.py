@@ -14,6 +14,7 @@ import torch
 from attention_calls import bias_of, each_bias, heads, make, run
 from cases import DTYPES, each_dtype
 
+from fastseq.ops import Attention
 from fastseq.tools.verify import attention
 from fastseq.tools.verify.attention import Case, kernel_results
 
@@ -187,7 +188,7 @@ def test_large_scores(L, dtype):
     q, k, v = (heads(1, 2, rows, 16, dtype) for rows in (L, 1000, 1000))
     k = k * 0
     k[:, :, 500, 0], q[..., 0] = 1, 1
-    out, lse = native.attention_forward(q, k, v, scale=1000.0, return_lse=True)
+    out, lse = native.attention_forward(Attention(1000.0), q, k, v, return_lse=True)
     assert torch.equal(out, v[:, :, 500:501].expand_as(out))
     assert (lse == 1000).all()
     check(Case(3, 8, 8, L, 300, 16, 16, logits=16.0), dtype)

@@ -10,6 +10,7 @@ from attention_calls import native
 from cases import LONG
 
 import fastseq
+from fastseq.ops import Attention
 
 SHAPES = [(2, 4, 5, 8), (1, 4, 5, 8), (2, 1, 5, 8), (2, 4, 1, 8), (1, 1, 5, 8), (1, 4, 1, 8)]
 LAYOUTS = {
@@ -66,9 +67,12 @@ def test_gradients_of_expanded_tensors():
     if native is None:
         pytest.skip("no kernels here")
     q, k = torch.randn(1, 4, 5, 8).expand(3, 4, 5, 8), torch.randn(3, 1, 6, 8).expand(3, 4, 6, 8)
-    out, lse = native.attention_forward(q, k, k, scale=1.0, return_lse=True)
-    grads = native.attention_backward(q, k, k, out, lse, torch.ones_like(out), scale=1.0, needs=[True] * 3 + [False])
+    call = Attention(1.0)
+    out, lse = native.attention_forward(call, q, k, k, return_lse=True)
+    grads = native.attention_backward(
+        call, q, k, k, None, None, out, lse, torch.ones_like(out), None, [True] * 3 + [False]
+    )
     for tensor in (out, *grads[:3]):
         assert tensor.is_contiguous()
     q = torch.randn(1, 5, 4, 8).transpose(1, 2).expand(3, 4, 5, 8)
-    assert native.attention_forward(q, k, k, scale=1.0)[0].stride() == (160, 8, 32, 1)
+    assert native.attention_forward(call, q, k, k)[0].stride() == (160, 8, 32, 1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import each_dtype
 
-from fastseq.backends.contract import Refused
+from fastseq.backends.contract import Attention, Refused
 
 native = pytest.importorskip("fastseq.backends.native", reason="the extension is not built")
 
@@ -56,7 +56,11 @@ def test_bad_gradients(name):
     attention_checks.bad_gradients(native, name)
 
 
+def test_options_of_another_type():
+    attention_checks.options_of_another_type(native)
+
+
 def test_huge_sizes_are_refused():
     huge = torch.zeros(1, 1, 1, 1).expand(1 << 20, 1 << 20, 1 << 20, 1)
     with pytest.raises(Refused, match="too many"):
-        native.attention_forward(huge, huge, huge, scale=1.0)
+        native.attention_forward(Attention(1.0), huge, huge, huge)

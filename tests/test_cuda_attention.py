@@ -7,7 +7,7 @@ import cases
 import numpy as np
 import pytest
 import torch
-from attention_calls import bias_of, each_bias, each_option, make
+from attention_calls import arguments, bias_of, each_bias, each_option, make
 from cases import CUDA_DTYPES, each_cuda_dtype
 from cuda_device import DEVICE, cuda, ignore_first_use, tf32
 from sdpa_calls import decoding_agrees, multihead_agrees, samples_agree
@@ -198,13 +198,14 @@ def test_what_torch_serves():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_thousand_backward_passes_in_bits(dtype):
     inputs, _ = make(2, 4, 2, 200, 333, 64, 64, dtype)
-    q, k, v, dout, dlse = (t.to(DEVICE) for t in inputs)
+    *_, dout, dlse = inputs = [t.to(DEVICE) for t in inputs]
     bias = torch.randn(1, 4, 1, 333, device=DEVICE).to(dtype)
     options = {"scale": 0.125, "bias": bias, "right": 0, "lower_right": True, "dropout_p": 0.1, "seed": 7}
-    out, lse = cuda.attention_forward(q, k, v, return_lse=True, **options)
+    call = arguments(inputs, options)
+    out, lse = cuda.attention_forward(*call, return_lse=True)
 
     def backward():
-        return cuda.attention_backward(q, k, v, out, lse, dout, dlse=dlse, needs=(True,) * 4, **options)
+        return cuda.attention_backward(*call, out, lse, dout, dlse, (True,) * 4)
 
     expected = backward()
     for _ in range(1000):

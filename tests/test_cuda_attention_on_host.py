@@ -8,7 +8,7 @@ from functools import partial
 import attention_checks
 import pytest
 import torch
-from attention_calls import NAMES, bias_of, each_bias, each_option, make, run
+from attention_calls import NAMES, arguments, bias_of, each_bias, each_option, make, run
 from cases import CUDA_DTYPES, each_cuda_dtype
 from models import assert_close
 from sdpa_calls import decoding_agrees, multihead_agrees, samples_agree
@@ -127,6 +127,7 @@ def test_what_must_not_reach_a_kernel():
     for name in attention_checks.BAD_GRADIENTS:
         if name != "out shape":  # these kernels do not read it
             attention_checks.bad_gradients(cuda, name)
+    attention_checks.options_of_another_type(cuda)
 
 
 def test_any_order_of_threads(monkeypatch):
@@ -205,10 +206,11 @@ def test_a_wrong_result_is_seen(monkeypatch):
 
 
 def test_unknown_keywords():
-    (q, k, v, dout, _), options = make(1, 1, 1, 2, 3, 4, 4, torch.float32)
-    out, lse = cuda.attention_forward(q, k, v, return_lse=True, **options)
+    (q, *inputs), options = make(1, 1, 1, 2, 3, 4, 4, torch.float32)
+    call = arguments((q, *inputs), options)
+    out, lse = cuda.attention_forward(*call, return_lse=True)
     for unknown in ({"is_causal": True}, {"delta": None}, {"dq": q}):
-        with pytest.raises(TypeError, match="unexpected keyword argument"):
-            cuda.attention_forward(q, k, v, **options, **unknown)
-        with pytest.raises(TypeError, match=f"keyword argument '{next(iter(unknown))}'"):
-            cuda.attention_backward(q, k, v, out, lse, dout, needs=(True,) * 4, **options, **unknown)
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{next(iter(unknown))}'"):
+            cuda.attention_forward(*call, **unknown)
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{next(iter(unknown))}'"):
+            cuda.attention_backward(*call, out, lse, q, None, (True,) * 4, **unknown)

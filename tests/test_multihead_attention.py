@@ -125,9 +125,9 @@ def masks_of_kernels(native, monkeypatch):
     """The masks that reach the kernels."""
     seen, forward = [], native.attention_forward
 
-    def watched(*args, **options):
-        seen.extend(m for name in ("bias", "allowed") if (m := options.get(name)) is not None)
-        return forward(*args, **options)
+    def watched(call, q, k, v, *masks, **options):
+        seen.extend(mask for mask in masks if mask is not None)
+        return forward(call, q, k, v, *masks, **options)
 
     monkeypatch.setattr(native, "attention_forward", watched)
     return seen

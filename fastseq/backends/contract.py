@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
-__all__ = ["Backend", "CellFacts", "Refused"]
+__all__ = ["Attention", "Backend", "CellFacts", "Refused"]
 
 
 class Refused(Exception):
@@ -19,6 +20,36 @@ class Refused(Exception):
     which computes the call or names the mistake. Every other exception is a failure, such as a lack of memory or an
     error of a device, and must reach the user.
     """
+
+
+class Attention(NamedTuple):
+    """The options of a call of attention: all but query, key, value and masks.
+
+    Query i may see key j where -left <= j - (i + shift) <= right. Both count within their sequence; shift is 0, or the
+    number of keys less that of queries with `lower_right`.
+    """
+
+    scale: float
+    softcap: float = 0.0  # 0: none
+    left: int | None = None  # None: unlimited
+    right: int | None = None
+    lower_right: bool = False
+    dropout_p: float = 0.0  # below 1 for kernels
+    seed: int | Tensor = (
+        0  # of the dropout: a draw follows from it and its place (b, n, i, j) alone; an int for kernels
+    )
+    lengths_q: Tensor | None = None  # (B,) int64; on the CPU unless their values cannot be read
+    lengths_k: Tensor | None = None
+    starts_q: Tensor | None = None  # (B,) int64: where each sequence of a packed batch begins, in order
+    starts_k: Tensor | None = None
+    max_q: int | None = None  # of a packed batch: no length is larger
+    max_k: int | None = None
+    alibi_slopes: Tensor | None = None  # (B, N) float32
+
+    @property
+    def packed(self) -> bool:
+        """True where the sequences lie one after the other along the length axis."""
+        return self.starts_q is not None
 
 
 class CellFacts(NamedTuple):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fastseq._native as _native  # `from fastseq import` would not tell a missing module from a broken one
 from fastseq._native import Panels
-from fastseq.backends.contract import CellFacts, Refused
+from fastseq.backends.contract import Attention, CellFacts, Refused
 
 __all__ = [
     "CELLS",
@@ -67,13 +67,15 @@ _EMPTY = {
 
 
 def attach(*, empty: Mapping[str, Callable[..., Tensor]] = _EMPTY, exchange: bool = True) -> bool:
-    """Hands `Refused` and torch's types and functions to the extension; done at import.
+    """Hands `Refused`, `Attention` and torch's types and functions to the extension; done at import.
 
     Tests do it again: with `exchange=False` to read tensors as on a torch without the DLPack exchange table, or with
     an `empty` that poisons what it makes. Returns whether the table is in use.
     """
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None) if exchange else None
-    return _native.attach(Refused, Tensor, torch.nn.Parameter, Tensor.is_neg, torch.get_num_threads, empty, capsule)
+    return _native.attach(
+        Refused, Attention, Tensor, torch.nn.Parameter, Tensor.is_neg, torch.get_num_threads, empty, capsule
+    )
 
 
 attach()

@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 from fastseq.nn.drop_in import DropIn
 from fastseq.nn.packed_weights import PacksWeights
 from fastseq.ops import linear, routing
-from fastseq.ops.attention.function import apply_self_attention, attend, self_attention
+from fastseq.ops.attention.function import attend, self_attend
 from fastseq.ops.attention.sdpa import scaled_dot_product_attention
-from fastseq.ops.attention.spec import Attention
+from fastseq.ops.attention.spec import Attention, usual
 from fastseq.ops.autograd import needs_grad
 from fastseq.ops.recurrent import checks
 
@@ -178,11 +178,8 @@ class MultiheadAttention(DropIn, PacksWeights, nn.MultiheadAttention):
             and self._is_plain(query is key is value, attn_mask, key_padding_mask, is_causal)
         ):
             qkv = self._linear(call.backend, _SELF, (query,), call.in_weights[0], call.in_bias)[0]
-            options = call.backend, self.num_heads, 0 if is_causal else None, batch_first
-            if needs_grad(qkv):
-                out = apply_self_attention(*options, qkv)
-            else:
-                out, _ = self_attention(*options, qkv, False)
+            options = usual(self.head_dim**-0.5, is_causal)
+            out = self_attend(options, call.backend, self.num_heads, batch_first, qkv)
             return self._linear(call.backend, _OUT, (out,), call.out_weight, call.out_bias)[0], None
         q, k, v = (self._heads(x, batch_first) for x in self._projections(call, query, key, value))
         masks = _NO_MASKS

@@ -14,10 +14,10 @@ return_states: True adds `states`, the states after every step, which are zero a
 import pkgutil
 from importlib import import_module
 
+from fastseq.backends.contract import Attention
 from fastseq.ops import cells
-from fastseq.ops.attention.function import AttentionFunction, SelfAttentionFunction
+from fastseq.ops.attention.function import AttentionFunction
 from fastseq.ops.attention.sdpa import scaled_dot_product_attention
-from fastseq.ops.attention.spec import Attention
 from fastseq.ops.cells.gru import gru, gru_cell
 from fastseq.ops.cells.lstm import lstm, lstm_cell
 from fastseq.ops.cells.rnn import rnn, rnn_cell
@@ -41,7 +41,6 @@ __all__ = [
     "LayerNormFunction",
     "LinearFunction",
     "RecurrentFunction",
-    "SelfAttentionFunction",
     "StepFunction",
     "gru",
     "gru_cell",

@@ -4,68 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastseq.backends.contract import Refused
+from fastseq.backends.contract import Attention, Refused
 from fastseq.backends.cuda.library import compute_dtype, library, stream_of, to_device
 
 __all__ = ["attention_backward", "attention_forward"]
 
 
 def attention_forward(
+    call: Attention,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    bias: Tensor | None = None,
+    allowed: Tensor | None = None,
     *,
-    q_lengths: Tensor | None = None,
-    k_lengths: Tensor | None = None,
-    q_starts: Tensor | None = None,
-    k_starts: Tensor | None = None,
-    seed: int = 0,
     return_lse: bool = False,
     out: Tensor | None = None,
-    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `native.attention_forward`, with its other keywords: (out, lse). Lengths and starts are on the CPU."""
+    """As `native.attention_forward`: (out, lse). Lengths and starts are on the CPU."""
     _check_heads(q, k, v)
-    gaps = _gaps(q_lengths, q_starts, q)
+    gaps = _gaps(call.lengths_q, call.starts_q, q)
     if out is None:
         out = _empty_heads(q, v.shape[-1], gaps)
     lse = (q.new_zeros if gaps else q.new_empty)(q.shape[:3], dtype=torch.float64) if return_lse else None
     library().attention_forward(
-        q, k, v, out, lse, q_lengths=q_lengths, k_lengths=k_lengths, q_starts=q_starts, k_starts=k_starts,
-        placed=_placed(q, q_lengths, k_lengths, q_starts, k_starts), seed=seed % 2**64,
-        new_parts=partial(q.new_empty, dtype=compute_dtype(q.dtype)), stream=stream_of(q.device), **options,
+        call, q, k, v, bias, allowed, out, lse, placed=_placed(call, q.device),
+        new_parts=partial(q.new_empty, dtype=compute_dtype(q.dtype)), stream=stream_of(q.device),
     )  # fmt: skip
     return out, lse
 
 
 def attention_backward(
+    call: Attention,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    bias: Tensor | None,
+    allowed: Tensor | None,
     out: Tensor,
     lse: Tensor,
     dout: Tensor,
-    *,
+    dlse: Tensor | None,
     needs: Sequence[bool],
-    bias: Tensor | None = None,
-    q_lengths: Tensor | None = None,
-    k_lengths: Tensor | None = None,
-    q_starts: Tensor | None = None,
-    k_starts: Tensor | None = None,
-    seed: int = 0,
-    **options: Any,
 ) -> tuple[Tensor | None, ...]:
-    """As `native.attention_backward`, with its other keywords but for the tensors to write into: (dq, dk, dv, dbias),
-    None where `needs` says so. `out` is not read.
+    """As `native.attention_backward`, but for the tensors to write into: (dq, dk, dv, dbias), None where `needs` says
+    so. `out` is not read.
     """
     _check_heads(q, k, v)
     needs_q, needs_k, needs_v, needs_bias = needs
-    q_gaps, k_gaps = _gaps(q_lengths, q_starts, q), _gaps(k_lengths, k_starts, k)
+    q_gaps, k_gaps = _gaps(call.lengths_q, call.starts_q, q), _gaps(call.lengths_k, call.starts_k, k)
     dq = _empty_heads(q, q.shape[-1], q_gaps) if needs_q else None
     dk = _empty_heads(k, k.shape[-1], k_gaps) if needs_k else None
     dv = _empty_heads(v, v.shape[-1], k_gaps) if needs_v else None
@@ -74,10 +65,8 @@ def attention_backward(
         dbias = q.new_empty(bias.shape, dtype=compute_dtype(q.dtype))
     delta = q.new_empty(q.shape[:3], dtype=torch.float64)
     library().attention_backward(
-        q, k, v, lse, dout, dq=dq, dk=dk, dv=dv, dbias=dbias, delta=delta, bias=bias, q_lengths=q_lengths,
-        k_lengths=k_lengths, q_starts=q_starts, k_starts=k_starts,
-        placed=_placed(q, q_lengths, k_lengths, q_starts, k_starts), seed=seed % 2**64, stream=stream_of(q.device),
-        **options,
+        call, q, k, v, bias, allowed, lse, dout, dlse, dq=dq, dk=dk, dv=dv, dbias=dbias, delta=delta,
+        placed=_placed(call, q.device), stream=stream_of(q.device),
     )  # fmt: skip
     return dq, dk, dv, dbias if dbias is None else dbias.to(q.dtype)
 
@@ -103,5 +92,5 @@ def _gaps(lengths: Tensor | None, starts: Tensor | None, rows: Tensor) -> bool:
     return starts is not None and lengths is not None and int(lengths.sum()) < rows.shape[2]
 
 
-def _placed(q: Tensor, *numbers: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(to_device(n, q.device) for n in numbers)
+def _placed(call: Attention, device: torch.device) -> tuple[Tensor | None, ...]:
+    return tuple(to_device(n, device) for n in (call.lengths_q, call.lengths_k, call.starts_q, call.starts_k))

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastseq.backends.contract import Attention
 from fastseq.ops import routing
-from fastseq.ops.attention.spec import Attention
 
 
 def attention(
@@ -22,7 +22,6 @@ def attention(
     v: Tensor,
     bias: Tensor | None,
     allowed: Tensor | None,
-    seed: Tensor | int | None,
 ) -> tuple[Tensor, Tensor]:
     """The output (B, N, L, E) and the log-sum-exp of the scores (B, N, L).
 
@@ -30,14 +29,13 @@ def attention(
         q, k, v: (B, N, L, D), (B, Nk, S, D), (B, Nk, S, E); B = 1 where `call.packed`.
         bias: added to the scores, broadcasts to (B, N, L, S).
         allowed: bool, True where a query may see a key; broadcasts likewise.
-        seed: of the dropout, int64.
     """
     device = q.device.type
     if routing.any_autocast() and torch.is_autocast_enabled(device) and q.dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         with torch.autocast(device, enabled=False):
-            return attention(call, q, k, v, bias, allowed, seed)
+            return attention(call, q, k, v, bias, allowed)
     dtype = q.dtype
     wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
@@ -67,7 +65,7 @@ def attention(
             scores = scores.masked_fill(~part, -math.inf)
     p, lse = probabilities(scores)
     if call.dropout_p:
-        p = _dropout(call, p, places, seed)
+        p = _dropout(call, p, places)
     return (p @ v).to(dtype), lse
 
 
@@ -132,12 +130,12 @@ def _places(call: Attention, q: Tensor, k: Tensor) -> _Places:
 # ---- dropout: the generator of the kernels, so that a seed drops the same numbers here and there
 
 
-def _dropout(call: Attention, p: Tensor, places: _Places, seed: Tensor | int) -> Tensor:
+def _dropout(call: Attention, p: Tensor, places: _Places) -> Tensor:
     if call.dropout_p == 1:
         return p * 0
     heads = p.shape[1]
     row = places.b * heads + torch.arange(heads, device=p.device)[:, None, None]
-    draws = philox(seed, places.j // 4, places.i, row)
+    draws = philox(call.seed, places.j // 4, places.i, row)
     word = places.j % 4
     draw = draws[3]
     for n in (2, 1, 0):

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq import backends
-from fastseq.backends.contract import Refused
+from fastseq.backends.contract import Attention, Refused
 from fastseq.ops import routing
-from fastseq.ops.attention.function import apply_plain, attend
+from fastseq.ops.attention.function import PLAIN, apply_attention, attend
 from fastseq.ops.attention.spec import (
-    Attention,
     Integers,
     Operands,
     as_number,
@@ -27,6 +26,7 @@ from fastseq.ops.attention.spec import (
     check_slopes,
     check_softcap,
     fit,
+    usual,
 )
 from fastseq.ops.routing import Route
 
@@ -153,13 +153,11 @@ def scaled_dot_product_attention(
             return out
         raise RuntimeError(_misfit(query, key, value, attn_mask, is_causal))
     depth = operands.q.shape[3]
-    call = Attention(
-        scale=(1 / math.sqrt(depth) if depth else 0.0) if scale is None else scale,
-        right=0 if is_causal else None,
-        dropout_p=dropout_p,
-    )
-    if not plain:
-        call = _beyond_torch(call, operands, attn_mask, is_causal, *beyond)
+    scale = (1 / math.sqrt(depth) if depth else 0.0) if scale is None else scale
+    if plain:
+        call = Attention(scale, right=0 if is_causal else None, dropout_p=dropout_p)
+    else:
+        call = _beyond_torch(scale, dropout_p, operands, attn_mask, is_causal, *beyond)
     q, k, v, mask, _ = operands
     bias, allowed = (None, mask) if mask is None or mask.dtype is torch.bool else (mask, None)
     if route is Route.KERNELS and not (q.numel() and k.numel() and v.numel()):
@@ -204,22 +202,22 @@ def _plain(
         return None
     if scale is None:
         scale = 1 / math.sqrt(shape[3] or 1)
-    elif type(scale) is not float:
+    elif type(scale) is not float or not scale:
         return None
-    right = 0 if is_causal else None
+    call = usual(scale, is_causal)
     differentiable = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     out = None if differentiable else torch.empty_like(query)
     try:
         if attn_mask is None:
             if differentiable:
-                return apply_plain(backend, scale, right, query, key, value)
-            return backend.attention_forward(query, key, value, scale=scale, right=right, out=out)[0]
+                return apply_attention(call, backend, PLAIN, query, key, value)
+            return backend.attention_forward(call, query, key, value, out=out)[0]
         if differentiable or is_causal or type(attn_mask) not in routing.PLAIN_TYPES or attn_mask.dim() < 2:
             return None
         if attn_mask.requires_grad and torch.is_grad_enabled():
             return None
-        kind = "allowed" if attn_mask.dtype is torch.bool else "bias"
-        return backend.attention_forward(query, key, value, scale=scale, out=out, **{kind: attn_mask})[0]
+        bias, allowed = (None, attn_mask) if attn_mask.dtype is torch.bool else (attn_mask, None)
+        return backend.attention_forward(call, query, key, value, bias, allowed, out=out)[0]
     except Refused:
         return None
 
@@ -319,7 +317,8 @@ def _misfit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_c
 
 
 def _beyond_torch(
-    call: Attention,
+    scale: float,
+    dropout_p: float,
     operands: Operands,
     mask: Tensor | None,
     is_causal: bool,
@@ -333,20 +332,18 @@ def _beyond_torch(
     slopes: Tensor | None,
 ) -> Attention:
     left, right, lower_right = check_band(causal, is_causal, window)
-    call = call._replace(
-        left=left, right=right, lower_right=lower_right, softcap=check_softcap(softcap, operands.q.dtype)
-    )
+    softcap = check_softcap(softcap, operands.q.dtype)
     batch = operands.q.shape[0]
+    starts_q = starts_k = max_q = max_k = None
     if cu_seqlens_q is None and cu_seqlens_k is None:
         lengths_q, lengths_k = check_lengths(operands, lengths_q, lengths_k)
-        call = call._replace(lengths_q=lengths_q, lengths_k=lengths_k)
     else:
         if lengths_q is not None or lengths_k is not None:
             raise ValueError("lengths_q and lengths_k cannot be given with cu_seqlens, which say the lengths")
         q, k = check_packed(operands, mask, cu_seqlens_q, cu_seqlens_k)
         batch = q.starts.shape[0]
-        call = call._replace(
-            lengths_q=q.lengths, lengths_k=k.lengths, starts_q=q.starts, starts_k=k.starts,
-            max_q=q.longest, max_k=k.longest,
-        )  # fmt: skip
-    return call._replace(alibi_slopes=check_slopes(slopes, operands.q, batch))
+        (starts_q, lengths_q, max_q), (starts_k, lengths_k, max_k) = q, k
+    return Attention(
+        scale, softcap, left, right, lower_right, dropout_p, 0, lengths_q, lengths_k, starts_q, starts_k, max_q, max_k,
+        check_slopes(slopes, operands.q, batch),
+    )  # fmt: skip

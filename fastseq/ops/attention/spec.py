@@ -1,16 +1,18 @@
-"""One call of attention: what was asked for, checked and brought into four dimensions."""
+"""One call of attention: its options, checked, and its tensors, brought into four dimensions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastseq.backends.contract import Attention
 from fastseq.ops import routing
 from fastseq.ops.lengths import check_unread_integers, integers, row_lengths
 from fastseq.ops.limits import Limits, assured, in_graph, readable
@@ -21,46 +23,10 @@ ALIGNMENTS = ("upper_left", "lower_right")
 _ENDLESS = 2**62  # keys, more than there can be
 
 
-class Attention(NamedTuple):
-    """How attention is computed, all but query, key, value and masks.
-
-    Query i may see key j where -left <= j - (i + shift) <= right. Both count within their sequence; shift is 0, or the
-    number of keys less that of queries with `lower_right`.
-    """
-
-    scale: float
-    softcap: float = 0.0  # 0: none
-    left: int | None = None  # None: unlimited
-    right: int | None = None
-    lower_right: bool = False
-    dropout_p: float = 0.0
-    lengths_q: Tensor | None = None  # (B,) int64; on the CPU unless their values cannot be read
-    lengths_k: Tensor | None = None
-    starts_q: Tensor | None = None  # (B,) int64: where each sequence of a packed batch begins
-    starts_k: Tensor | None = None
-    max_q: int | None = None  # of a packed batch
-    max_k: int | None = None
-    alibi_slopes: Tensor | None = None  # (B, N) float32
-
-    @property
-    def packed(self) -> bool:
-        """True where the sequences lie one after the other along the length axis."""
-        return self.starts_q is not None
-
-    def options(self) -> dict[str, Any]:
-        """What the kernels are told, in their keywords, but for the tensors that autograd keeps."""
-        options = {
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "left": self.left,
-            "right": self.right,
-            "lower_right": self.lower_right,
-            "q_lengths": self.lengths_q,
-            "k_lengths": self.lengths_k,
-        }
-        if self.packed:
-            options |= {"q_starts": self.starts_q, "k_starts": self.starts_k, "max_q": self.max_q, "max_k": self.max_k}
-        return options
+@lru_cache(256)
+def usual(scale: float, is_causal: bool) -> Attention:
+    """The options of most calls. The scale is not 0, as 0 and -0 are one key."""
+    return Attention(scale, right=0 if is_causal else None)
 
 
 class Operands(NamedTuple):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastseq.backends.contract import Attention
 from fastseq.reference import dropout_kept, scaled_dot_product_attention_backward, scaled_dot_product_attention_forward
 from fastseq.tools.verify.comparison import Family
 from fastseq.tools.verify.tensors import array
@@ -302,45 +303,36 @@ def kernel_results(native, case: Case, inputs: Inputs, isa: str) -> Iterator[tup
     k, v = (_laid_out(a, inputs.lengths_k, case) for a in (inputs.k, inputs.v))
     dlse = None if inputs.dlse is None else _laid_out(inputs.dlse[..., None], inputs.lengths_q, case)[..., 0]
     left, right = case.left_right
-    options = {
-        "scale": inputs.scale,
-        "bias": inputs.bias,
-        "allowed": inputs.allowed,
-        "softcap": case.softcap,
-        "left": left,
-        "right": right,
-        "lower_right": case.lower_right,
-        "q_lengths": inputs.lengths_q if "q" in case.lengths else None,
-        "k_lengths": inputs.lengths_k if "k" in case.lengths else None,
-        "alibi_slopes": inputs.alibi_slopes,
-        "dropout_p": case.dropout_p,
-        "seed": SEED,
-    }
+    call = Attention(
+        inputs.scale,
+        softcap=case.softcap,
+        left=left,
+        right=right,
+        lower_right=case.lower_right,
+        dropout_p=case.dropout_p,
+        seed=SEED,
+        lengths_q=inputs.lengths_q if "q" in case.lengths else None,
+        lengths_k=inputs.lengths_k if "k" in case.lengths else None,
+        alibi_slopes=inputs.alibi_slopes,
+    )
     if case.packed:
-        options |= {"q_starts": _starts(inputs.lengths_q), "k_starts": _starts(inputs.lengths_k)}
-        options |= {"max_q": case.queries, "max_k": case.keys}
+        starts_q, starts_k = _starts(inputs.lengths_q), _starts(inputs.lengths_k)
+        call = call._replace(starts_q=starts_q, starts_k=starts_k, max_q=case.queries, max_k=case.keys)
+    operands = call, q, k, v, inputs.bias, inputs.allowed
 
     def back(a: Tensor, lengths: Tensor) -> np.ndarray:
         return array(_padded(a, lengths) if case.packed else a)
 
     with native.use_isa(isa), native.filled_with_nan():
-        out, _ = native.attention_forward(q, k, v, **options)
+        out, _ = native.attention_forward(*operands)
         yield "inference", {"out": back(out, inputs.lengths_q)}
-        out, lse = native.attention_forward(q, k, v, **options, return_lse=True)
+        out, lse = native.attention_forward(*operands, return_lse=True)
         results = {"out": back(out, inputs.lengths_q)}
         if case.lse:
             results |= _lse_results(array(lse), inputs)
-        dq, dk, dv, dbias = native.attention_backward(
-            q,
-            k,
-            v,
-            out,
-            lse,
-            dout,
-            dlse=None if dlse is None else dlse.double(),
-            needs=(True, True, True, inputs.bias is not None),
-            **options,
-        )
+        dlse = None if dlse is None else dlse.double()
+        needs = (True, True, True, inputs.bias is not None)
+        dq, dk, dv, dbias = native.attention_backward(*operands, out, lse, dout, dlse, needs)
         results["dq"] = back(dq, inputs.lengths_q)
         results |= {"dk": back(dk, inputs.lengths_k), "dv": back(dv, inputs.lengths_k)}
         yield "training", results if dbias is None else results | {"dbias": array(dbias)}
