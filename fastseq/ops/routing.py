@@ -153,12 +153,12 @@ def symbolic() -> bool:
 @inlined
 def observed() -> bool:
     """True where something must see torch's own calls: a compiler, a transform, a mode, a tracer, autocast."""
-    return bool(
+    return (
         is_compiling()
         or transforms_active()
         or forward_ad._current_level >= 0
-        or dispatch_modes()
-        or (function_modes() and foreign_function_modes())
+        or dispatch_modes() > 0
+        or (function_modes() > 0 and foreign_function_modes())
         or tracing() is not None
         or fx_tracing()
         or any_autocast()
