@@ -17,20 +17,8 @@ from fastseq import backends
 LACKING = [cell for cell in fastseq.ops.CELLS.values() if cell.sequence_op is None]
 
 
-class Formula(nn.Module):
-    """The same module on torch's operators, step by step."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *arguments):
-        with backends.use_backend("torch"):
-            return self.layer(*arguments)
-
-
 class Kernels(nn.Module):
-    """The module itself, under the same names."""
+    """A module as it is."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -38,6 +26,14 @@ class Kernels(nn.Module):
 
     def forward(self, *arguments):
         return self.layer(*arguments)
+
+
+class Formula(Kernels):
+    """The same on torch's operators, step by step."""
+
+    def forward(self, *arguments):
+        with backends.use_backend("torch"):
+            return super().forward(*arguments)
 
 
 @over_dtypes

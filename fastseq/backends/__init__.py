@@ -95,7 +95,7 @@ def select_for(op: str, tensor: Tensor) -> ModuleType | None:
     """`select` for the device and the dtype of a tensor. A step of a cell takes 40 times as long as this."""
     if tensor.is_cpu:
         return _on_cpu[_choice.get()].get(op, _NONE).get(tensor.dtype)
-    return _select(_choice.get(), op, "cpu" if tensor.is_cpu else tensor.device.type, tensor.dtype)
+    return _select(_choice.get(), op, tensor.device.type, tensor.dtype)
 
 
 @contextmanager
